@@ -1,0 +1,308 @@
+"""The configuration tree: plain frozen dataclasses, each field with its meaning and unit.
+
+`jaxrl.cli` fills it from a YAML file and the command line through one parser. Cross-field checks that need
+nothing but the configuration live here; checks that need the model or the devices live in `jaxrl.plan`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jaxrl.errors import UserError
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where the run lives and what makes it repeatable."""
+
+    dir: Path = Path("runs/default")
+    """Folder of the run: configuration, metrics, checkpoints, report. The same folder again resumes it."""
+    seed: int = 0
+    """Root of every random stream of the run."""
+    fork_from: Path | None = None
+    """Start from the newest checkpoint of this run folder (weights only), as a new run at step 0."""
+    report: bool = True
+    """Write report.md and report.html at the end."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOptions:
+    """Which policy: a checkpoint folder, or a decoder initialised from scratch in the given shape."""
+
+    path: Path | None = None
+    """Folder with config.json and safetensors. When set, the shape below is read from it and must stay default."""
+    width: int = 128
+    """D, residual stream."""
+    num_layers: int = 2
+    """L."""
+    num_heads: int = 4
+    """N, query heads."""
+    num_kv_heads: int = 2
+    """K, key and value heads."""
+    head_size: int = 32
+    """H."""
+    ffw_size: int = 384
+    """F, inner size of the gated MLP."""
+    qk_norm: bool = True
+    """RMSNorm on each head of q and k."""
+    tied_embeddings: bool = True
+    """The head is the transposed embedding."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters and optimizer state on the learner are float32."""
+    remat: Literal["none", "block"] = "none"
+    """What backward recomputes: nothing, or each layer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """What the policy learns to do."""
+
+    name: Literal["arithmetic", "countdown", "stories", "jsonl"] = "arithmetic"
+    """arithmetic: sums; countdown: reach a target; stories: story openings; jsonl: a file of your own."""
+    digits: int = 2
+    """arithmetic: digits of each operand."""
+    operators: str = "+"
+    """arithmetic: operators drawn from, a subset of '+-*'."""
+    worked: bool = False
+    """arithmetic: the worked solution goes column by column instead of giving the answer at once."""
+    numbers: int = 3
+    """countdown: how many numbers are given."""
+    path: Path | None = None
+    """jsonl: file with one object per line: prompt, answer and, for a cold start, solution."""
+    num_train: int = 8192
+    """Most problems in the train split (a task may have fewer)."""
+    num_eval: int = 256
+    """Most problems in the validation split, and as many again in the test split."""
+    reward_workers: int = 1
+    """Verifier processes; 0 verifies in the rollout thread."""
+    reward_timeout_s: float = 10.0
+    """Longest a single verification may take [s]; past it the reward is 0 and the case is counted."""
+    reward_latency_s: float = 0.0
+    """Added to each verification [s]: stands in for a slow verifier in experiments."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SftConfig:
+    """Supervised cold start on the task's worked solutions, before reinforcement learning."""
+
+    steps: int = 0
+    """Most optimizer steps; 0 skips the cold start."""
+    stop_at_pass: float = 1.0
+    """Stop early once sampled held-out pass@1 reaches this (checked every `check_every` steps)."""
+    check_every: int = 25
+    """Steps between those checks."""
+    sequences_per_step: int = 256
+    """Worked solutions in each optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak AdamW learning rate."""
+    warmup_steps: int = 20
+    """Linear warm-up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The optimizer and the length of the run."""
+
+    steps: int = 100
+    """Optimizer steps of reinforcement learning."""
+    learning_rate: float = 1e-6
+    """Peak AdamW learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after the warm-up; linear and cosine end at 10 % of the peak."""
+    warmup_steps: int = 10
+    """Linear warm-up from 0 [steps]."""
+    beta1: float = 0.9
+    """Adam's decay of the mean."""
+    beta2: float = 0.95
+    """Adam's decay of the square."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only (not norms, biases, embeddings)."""
+    max_grad_norm: float = 1.0
+    """Gradient norm at which the gradient is scaled down; 0 switches clipping off."""
+    row_tokens: int = 64
+    """T, length of a packed row [tokens]; no sequence may be longer."""
+    rows_per_microbatch: int = 64
+    """Packed rows in one forward and backward; the token budget is rows_per_microbatch * row_tokens."""
+    logprob_chunk_tokens: int = 4096
+    """Tokens whose logits exist at once, so that memory does not grow with tokens * vocabulary."""
+    max_nonfinite_steps: int = 3
+    """Stop after this many steps in a row with a non-finite loss or gradient; each one is skipped and counted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """The sampling engine."""
+
+    slots: int = 128
+    """Sequences decoded at once."""
+    chunk_steps: int = 8
+    """Decode steps per jitted call; slots are refilled and weights swapped between calls."""
+    max_prompt_tokens: int = 32
+    """Longest prompt [tokens]."""
+    max_new_tokens: int = 32
+    """Longest completion [tokens], the stop token included."""
+    temperature: float = 1.0
+    """Divides the logits, in the sampler and in the learner; 0 is greedy (evaluation only)."""
+    top_p: float = 1.0
+    """Nucleus mass to sample from; 1 is off."""
+    top_k: int = 0
+    """Most likely tokens to sample from; 0 is off."""
+    max_staleness: int = 1
+    """Most optimizer steps between the oldest token of a sample and the weights it trains; 0 is synchronous."""
+    kv_on_swap: Literal["keep", "recompute"] = "keep"
+    """What happens to cached keys and values of unfinished samples when the weights change."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoConfig:
+    """Policy optimisation as four independent choices: advantage, ratio, aggregation, correction."""
+
+    prompts_per_step: int = 16
+    """P, prompts in one optimizer step."""
+    group_size: int = 8
+    """G, samples per prompt."""
+    advantage_scale: Literal["group_std", "batch_std", "none"] = "group_std"
+    """What divides reward minus group mean. group_std: GRPO arXiv:2402.03300; none: Dr. GRPO arXiv:2503.20783."""
+    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
+    """What is subtracted from the reward."""
+    drop_zero_advantage: bool = True
+    """Leave groups whose samples all got the same reward out of the batch and of its denominators; counted."""
+    ratio: Literal["ppo", "cispo", "reinforce", "gspo"] = "ppo"
+    """How the policy ratio enters: PPO clip, CISPO, REINFORCE (no ratio), GSPO (sequence ratio)."""
+    clip_low: float = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    dual_clip: float = 0.0
+    """For negative advantages the loss is capped at dual_clip * |A| (arXiv:1912.09729); 0 is off, else > 1."""
+    aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "constant"] = "token_mean"
+    """How token losses become one number; constant divides by sequences * rollout.max_new_tokens (Dr. GRPO)."""
+    ratio_from: Literal["sampler", "learner"] = "sampler"
+    """Denominator of the ratio: the sampler's log-probabilities (bypass), or the learner's at step start."""
+    correction: Literal["none", "truncated", "masked"] = "none"
+    """Weight learner/sampler on each token when ratio_from=learner: truncated (TIS) or masked (MIS)."""
+    correction_cap: float = 2.0
+    """Largest correction weight; masked drops tokens outside [1/cap, cap]."""
+    kl_weight: float = 0.0
+    """Weight of the KL to the frozen reference in the loss; 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL (Schulman's note; arXiv:2402.03300 eq. 4 is k3)."""
+    log_reference: bool = False
+    """Keep the frozen reference and log its KL and log-probability even when kl_weight is 0."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus."""
+    mask_truncated: bool = False
+    """Leave completions that hit the length limit out of the loss (arXiv:2503.14476, overlong filtering)."""
+
+    def __post_init__(self) -> None:
+        _check(self.group_size >= 2, f"grpo.group_size={self.group_size}: a group needs at least 2 samples to compare")
+        _check(self.prompts_per_step >= 1, f"grpo.prompts_per_step={self.prompts_per_step} must be at least 1")
+        _check(0 <= self.clip_low <= 1, f"grpo.clip_low={self.clip_low} must lie in [0, 1]; usual: 0.2")
+        _check(self.clip_high >= 0, f"grpo.clip_high={self.clip_high} must be >= 0; usual: 0.2 or 0.28")
+        _check(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"grpo.dual_clip={self.dual_clip} must be 0 (off) or greater than 1; usual: 3",
+        )
+        _check(
+            self.correction == "none" or self.ratio_from == "learner",
+            f"grpo.correction={self.correction} with grpo.ratio_from=sampler would weight by learner/sampler twice; "
+            "set grpo.ratio_from=learner, or grpo.correction=none",
+        )
+        _check(
+            self.ratio != "gspo" or self.aggregation == "sequence_mean",
+            f"grpo.ratio=gspo is a sequence ratio and needs grpo.aggregation=sequence_mean, not {self.aggregation}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeshConfig:
+    """Which devices do what. Learner axes: data, fsdp, tensor. Rollout axes: data, tensor."""
+
+    colocated: bool = False
+    """Rollout and learner share the learner's devices instead of owning disjoint ones."""
+    learner_data: int = 1
+    """Learner: replicas of the parameters."""
+    learner_fsdp: int = 1
+    """Learner: devices the parameters and optimizer state are sharded over."""
+    learner_tensor: int = 1
+    """Learner: tensor parallel devices."""
+    rollout_data: int = 1
+    """Rollout: replicas; the slots are split over them."""
+    rollout_tensor: int = 1
+    """Rollout: tensor parallel devices."""
+
+    @property
+    def learner_devices(self) -> int:
+        """Devices of the learner mesh."""
+        return self.learner_data * self.learner_fsdp * self.learner_tensor
+
+    @property
+    def rollout_devices(self) -> int:
+        """Devices of the rollout mesh."""
+        return self.rollout_data * self.rollout_tensor
+
+    @property
+    def devices(self) -> int:
+        """Devices of both meshes together."""
+        return max(self.learner_devices, self.rollout_devices) if self.colocated else (
+            self.learner_devices + self.rollout_devices
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Held-out evaluation during the run."""
+
+    every_steps: int = 20
+    """Optimizer steps between evaluations of the validation split; 0: only before and after."""
+    problems: int = 128
+    """Problems of each periodic evaluation."""
+    samples: int = 1
+    """Samples per problem of each periodic evaluation."""
+    final_samples: int = 8
+    """Samples per problem before and after the run, on the test split: the k of pass@k."""
+    temperature: float = 1.0
+    """Sampling temperature of every evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What survives the process."""
+
+    every_steps: int = 50
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything that makes a run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+        _check(
+            self.train.row_tokens >= longest,
+            f"train.row_tokens={self.train.row_tokens} is shorter than rollout.max_prompt_tokens + "
+            f"rollout.max_new_tokens = {longest}; set train.row_tokens to at least {longest}",
+        )
