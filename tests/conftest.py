@@ -1,0 +1,30 @@
+"""One process with eight host devices serves every test; strict promotion keeps dtypes and ranks honest."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_collective_call_warn_stuck_timeout_seconds=60"
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["PJRT_NPROC"] = "16"  # jax 0.10 starves collectives with fewer threads than waiting programs
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+_SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data beside the checkout; tests that need it are skipped where it is absent."""
+    if not _SHARED_DATA.is_dir():
+        pytest.skip(f"needs the reference data folder {_SHARED_DATA}, which is not here")
+    return _SHARED_DATA
