@@ -1,0 +1,155 @@
+"""Makes every object of a run, by name, once. Read it beside `jaxrl.train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl.buffer import BufferState, GroupBuffer
+from jaxrl.config import Config
+from jaxrl.evaluator import Evaluator
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.optimizer import adamw, learning_rate
+from jaxrl.learner.steps import ForwardSettings
+from jaxrl.observe import Observer
+from jaxrl.policy import resolve_model
+from jaxrl.prompts import PromptStream
+from jaxrl.rewards.pool import RewardPool
+from jaxrl.rollout.engine import RolloutEngine, SamplingParams
+from jaxrl.rollout.worker import RolloutWorker
+from jaxrl.tasks import Task, make_task
+from jaxrl.tokenizer import Tokenizer
+from jaxrl.types import Problem
+from jaxrl.weights import WeightStore
+from models.config import ModelConfig
+from models.decoder import Decoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """What is learnt, by what: needs no device."""
+
+    task: Task
+    model: ModelConfig
+    tokenizer: Tokenizer
+
+    @property
+    def add_bos(self) -> bool:
+        """Prompts begin with the tokenizer's start token if it has one."""
+        return self.tokenizer.bos_id is not None
+
+
+def make_subject(config: Config) -> Subject:
+    """Task, architecture and tokenizer of the configuration."""
+    task = make_task(config.task, config.run.seed)
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    model, tokenizer = resolve_model(config.model, task, longest)
+    return Subject(task=task, model=model, tokenizer=tokenizer)
+
+
+def make_learner(
+    config: Config, model: ModelConfig, mesh: Mesh, policy: Decoder, observer: Observer
+) -> Learner:
+    """The learner of reinforcement learning; takes ownership of `policy`."""
+    train = config.train
+    rate = learning_rate(
+        peak=train.learning_rate, warmup_steps=train.warmup_steps, steps=train.steps,
+        schedule=train.schedule,
+    )  # fmt: skip
+    optimizer = adamw(
+        model, rate, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
+        weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
+    )  # fmt: skip
+    return Learner(
+        model, mesh, policy, optimizer, forward=forward_settings(config), grpo=config.grpo,
+        max_nonfinite_steps=train.max_nonfinite_steps, observer=observer,
+    )  # fmt: skip
+
+
+def forward_settings(config: Config) -> ForwardSettings:
+    """How the learner runs the model: in the temperature that samples are drawn at."""
+    return ForwardSettings(
+        dtype=jnp.dtype(config.model.dtype),
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.train.logprob_chunk_tokens,
+        remat=config.model.remat == "block",
+    )
+
+
+def make_store(config: Config, model: ModelConfig, learner: Mesh, rollout: Mesh) -> WeightStore:
+    """The two weight buffers on the rollout devices."""
+    dtype = jnp.dtype(config.model.dtype)
+    return WeightStore(model, learner_mesh=learner, rollout_mesh=rollout, dtype=dtype)
+
+
+def make_engine(config: Config, subject: Subject, mesh: Mesh, observer: Observer) -> RolloutEngine:
+    """A sampling engine; training and evaluation each have one."""
+    rollout = config.rollout
+    return RolloutEngine(
+        subject.model, mesh, num_slots=rollout.slots, max_prompt_tokens=rollout.max_prompt_tokens,
+        max_new_tokens=rollout.max_new_tokens, chunk_steps=rollout.chunk_steps,
+        num_stop_ids=len(subject.tokenizer.stop_ids), dtype=jnp.dtype(config.model.dtype),
+        seed=config.run.seed, kv_on_swap=rollout.kv_on_swap, observer=observer,
+    )  # fmt: skip
+
+
+def make_rewards(config: Config) -> RewardPool:
+    """The verifier processes."""
+    task = config.task
+    return RewardPool(
+        task, config.run.seed, task.reward_workers, task.reward_timeout_s, task.reward_latency_s
+    )
+
+
+def make_evaluator(
+    config: Config, subject: Subject, mesh: Mesh, rewards: RewardPool
+) -> Evaluator:
+    """Held-out evaluation on the rollout devices, unobserved: its time is the eval phase's."""
+    params = SamplingParams(
+        temperature=config.eval.temperature,
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_ids=subject.tokenizer.stop_ids,
+    )
+    engine = make_engine(config, subject, mesh, Observer())
+    return Evaluator(engine, rewards, subject.tokenizer, add_bos=subject.add_bos, params=params)
+
+
+def make_buffer(
+    config: Config, subject: Subject, *, version: int, state: BufferState | None
+) -> GroupBuffer:
+    """The prompt stream behind the staleness-bounded hand-over."""
+    stream = PromptStream(
+        subject.task.problems("train"), subject.tokenizer, config.run.seed,
+        config.rollout.max_prompt_tokens, subject.add_bos,
+    )  # fmt: skip
+    return GroupBuffer(
+        stream, prompts_per_step=config.grpo.prompts_per_step,
+        max_staleness=config.rollout.max_staleness, version=version, state=state,
+    )  # fmt: skip
+
+
+def make_worker(
+    config: Config, subject: Subject, mesh: Mesh, store: WeightStore, buffer: GroupBuffer,
+    rewards: RewardPool, observer: Observer,
+) -> RolloutWorker:  # fmt: skip
+    """The rollout thread and its engine."""
+    rollout = config.rollout
+    params = SamplingParams(
+        temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens, stop_ids=subject.tokenizer.stop_ids,
+    )  # fmt: skip
+    return RolloutWorker(
+        make_engine(config, subject, mesh, observer), store, buffer, rewards, subject.tokenizer,
+        group_size=config.grpo.group_size, params=params, observer=observer,
+    )  # fmt: skip
+
+
+def held_out(config: Config, subject: Subject) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    """(problems of the periodic evaluation, problems of the first and last evaluation)."""
+    return (
+        subject.task.problems("validation")[: config.eval.problems],
+        subject.task.problems("test"),
+    )

@@ -1,0 +1,301 @@
+"""Command line and YAML, read by one parser, so that both give the same errors. Loads no jax.
+
+    python -m jaxrl.train --config quickstart --grpo.clip-high=0.28 --train.steps 200
+
+A YAML file is flattened into the same `--section.key=value` words that the command line uses; what
+stands on the command line wins. Entry points run inside `user_errors`, which turns what a user can
+mend into one message on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import io
+import itertools
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, cast
+
+import tyro
+import yaml
+
+from jaxrl.config import Config
+from jaxrl.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
+"""Where a name is looked up after the literal path: the checkout, then the installed package."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedArgs:
+    """What the command line asked for."""
+
+    config: Config
+    dry_run: bool
+    """Print the plan and stop before anything is compiled or written."""
+    debug: bool
+    """Show tracebacks of user errors too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Words:
+    """The command line as tyro sees it: three switches, then the configuration without a prefix."""
+
+    config: str | None = None
+    """YAML file, or a name from configs/ such as quickstart. Options below override it."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print sizes, memory and predicted times, then stop before the first step."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error as well as its message."""
+    settings: Annotated[tyro.conf.FlagConversionOff[Config], tyro.conf.arg(name="")] = field(
+        default_factory=Config
+    )
+
+
+def parse_args(
+    argv: Sequence[str],
+    *,
+    prog: str = "python -m jaxrl.train",
+    description: str = "Train a language model with reinforcement learning.",
+) -> ParsedArgs:
+    """Configuration from `--config` (a file) overridden by the remaining words of `argv`.
+
+    `--grpo.clip-high=0.28` and `--grpo.clip_high 0.28` mean the same.
+
+    Raises:
+        UserError: the file is missing, is not valid YAML, or holds an invalid key or value.
+        SystemExit: code 2 after a message for a bad word in `argv`; code 0 after `--help`.
+    """
+    name = _config_word(argv)
+    base = Config() if name is None else load_config(resolve_config(name))
+    words = tyro.cli(
+        _Words,
+        args=[_spelled(word) for word in argv],
+        default=_Words(config=name, settings=base),
+        prog=prog,
+        description=description,
+    )
+    return ParsedArgs(config=words.settings, dry_run=words.dry_run, debug=words.debug)
+
+
+def _config_word(argv: Sequence[str]) -> str | None:
+    """Value of `--config` in `argv`; tyro reports a missing value, so that case is None here."""
+    found = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    found += [
+        value
+        for word, value in itertools.pairwise(argv)
+        if word == "--config" and not value.startswith("--")
+    ]
+    if len(found) > 1:
+        raise UserError(
+            f"--config is given {len(found)} times ({', '.join(found)}); name one file and "
+            "override single values with --section.key=value"
+        )
+    return found[0] if found else None
+
+
+def resolve_config(name: str) -> Path:
+    """File that `name` means: the literal path, then `name[.yaml]` in each of CONFIG_FOLDERS."""
+    literal = Path(name)
+    if literal.is_file():
+        return literal
+    inner = Path(*literal.parts[1:]) if literal.parts[:1] == ("configs",) else literal
+    for folder in CONFIG_FOLDERS:
+        for candidate in (folder / inner, folder / f"{inner}.yaml"):
+            if candidate.is_file():
+                return candidate
+    if literal.is_dir():
+        raise UserError(
+            f"--config {name} is a folder; give a YAML file, "
+            f"for a run folder {literal / 'config.yaml'}"
+        )
+    known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+    near = difflib.get_close_matches(inner.stem, known, n=1)
+    raise UserError(
+        f"--config {name}: no such file, and no configuration of that name"
+        + (f"; did you mean {near[0]}?" if near else "")
+        + f" (known names: {', '.join(known) or 'none'})"
+    )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error; PyYAML would keep the last silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Mapping of the node; raises on a repeated key."""
+        keys = [key.value for key, _ in node.value]
+        for position, (key, _) in enumerate(node.value):
+            if key.value in keys[:position]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: Path) -> Config:
+    """Configuration in the YAML file `path`; fields it does not name keep their defaults.
+
+    Raises:
+        UserError: the file cannot be read, is not a YAML mapping, or a key or value is not valid.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if tree is not None and not isinstance(tree, dict):
+        raise UserError(
+            f"{path} holds a {type(tree).__name__}; it must map sections to values, "
+            "as in 'train: {steps: 100}'"
+        )
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            return tyro.cli(
+                Config,
+                args=list(_flatten(tree or {})),
+                add_help=False,
+                config=(tyro.conf.FlagConversionOff,),
+            )
+    except SystemExit as error:
+        raise UserError(
+            f"{path} is not a valid configuration.\n{message.getvalue().rstrip()}"
+        ) from error
+
+
+def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    """Command-line words that say the same as the YAML mapping `tree`."""
+    sections = {section.name for section in dataclasses.fields(Config)}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif value is None and not prefix and key in sections:
+            continue  # a section with nothing under it
+        else:
+            yield _spelled(f"--{prefix}{key}={value}")
+
+
+def _spelled(word: str) -> str:
+    """`word` with the dashes of the help, so that tyro finds what a misspelt option is near to."""
+    if not word.startswith("--"):
+        return word
+    key, equals, value = word.partition("=")
+    return key.replace("_", "-") + equals + value
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write `config` as YAML that `load_config` reads back to an equal one, in one atomic move."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(config_yaml(config), encoding="utf-8")
+    partial.replace(path)
+
+
+def config_yaml(config: Config) -> str:
+    """The YAML text of `config`, every field written out, in the order of the dataclasses."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: object) -> object:
+    """`value` with paths as text, so that YAML needs no tags."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def config_difference(first: Config, second: Config) -> dict[str, tuple[object, object]]:
+    """Keys such as 'grpo.clip_high' whose values differ, with (value in first, value in second)."""
+    pairs = zip(_leaves(first), _leaves(second), strict=True)
+    return {key: (one, two) for (key, one), (_, two) in pairs if one != two}
+
+
+def _leaves(node: object, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for item in dataclasses.fields(cast("Any", node)):
+        value = getattr(node, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
+
+
+@contextlib.contextmanager
+def user_errors(debug: bool = False) -> Iterator[None]:
+    """Inside it, an error that the user can mend ends the process with one message and exit code 2.
+
+    Works as a context and as a decorator. With `debug` the traceback is printed before the message.
+    Errors that only a programmer can mend pass through unchanged.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of stdout left, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except Exception as error:
+        message = next(filter(None, map(_user_message, _with_causes(error))), None)
+        if message is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"Error: {message}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it was raised from: a worker's error reaches the main thread as cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _user_message(error: BaseException) -> str | None:
+    """What to tell the user about `error`, or None if it is a fault of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith(
+        ("models.", "roofline.")
+    ):
+        return str(error)
+    if isinstance(error, PermissionError):
+        return (
+            f"no permission for {error.filename or 'a file'} ({error.strerror}); choose a folder "
+            "that you may write with --run.dir=FOLDER, or change its permissions"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"the disk is full while writing {error.filename or 'a file'}; free some space, "
+            "choose another --run.dir, or keep fewer checkpoints with --checkpoint.keep"
+        )
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        detail = str(error).strip().partition("\n")[0] or "the host has no memory left"
+        return (
+            f"out of memory: {detail}\nLower --train.rows-per-microbatch or "
+            "--train.logprob-chunk-tokens (learner), --rollout.slots or --rollout.max-new-tokens "
+            "(rollout), or set --model.remat=block or --model.dtype=bfloat16; --dry-run prints the "
+            "memory that each choice needs."
+        )
+    return None
+
+
+def _raised_in(trace: TracebackType | None) -> str:
+    """Name of the module whose code raised, '' when unknown."""
+    name = ""
+    while trace is not None:
+        name = trace.tb_frame.f_globals.get("__name__", "")
+        trace = trace.tb_next
+    return name

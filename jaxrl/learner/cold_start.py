@@ -1,0 +1,98 @@
+"""The cold start: supervised training on the task's worked solutions.
+
+Departures from plain SFT: it stops early, at `sft.stop_at_pass` sampled held-out pass@1, because its
+purpose is a policy that sometimes succeeds, not one that always does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl.build import Subject, forward_settings
+from jaxrl.config import Config
+from jaxrl.errors import UserError
+from jaxrl.evaluator import Evaluator
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.optimizer import adamw, learning_rate
+from jaxrl.observe import Observer
+from jaxrl.packing import pack, solutions_to_sequences
+from jaxrl.prompts import encode_prompt
+from jaxrl.types import Problem
+from jaxrl.weights import WeightStore
+from models.decoder import Decoder
+
+Note = Callable[[str], None]
+
+
+def cold_start(
+    config: Config, subject: Subject, mesh: Mesh, policy: Decoder, store: WeightStore,
+    evaluator: Evaluator, problems: Sequence[Problem], note: Note,
+) -> Decoder:  # fmt: skip
+    """Train `policy` (which is consumed) on worked solutions; returns the trained one."""
+    sft, train = config.sft, config.train
+    rate = learning_rate(
+        peak=sft.learning_rate, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule="constant"
+    )
+    optimizer = adamw(
+        subject.model, rate, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
+        weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
+    )  # fmt: skip
+    learner = Learner(
+        subject.model, mesh, policy, optimizer, forward=forward_settings(config), grpo=config.grpo,
+        max_nonfinite_steps=train.max_nonfinite_steps, observer=Observer(),
+    )  # fmt: skip
+    prompts, solutions = encode_solutions(config, subject)
+    order = np.random.default_rng([config.run.seed, 1])
+    for step in range(1, sft.steps + 1):
+        chosen = order.integers(len(solutions), size=sft.sequences_per_step)
+        sequences = solutions_to_sequences(
+            [prompts[i] for i in chosen], [solutions[i] for i in chosen]
+        )
+        batches, _ = pack(
+            sequences, row_tokens=train.row_tokens, rows_per_microbatch=train.rows_per_microbatch
+        )
+        metrics = learner.update_sft(batches)
+        if step % sft.check_every == 0 or step == sft.steps:
+            snapshot = store.publish(step, learner.state.policy)
+            pass_at_1 = evaluator.run(snapshot, problems, 1).pass_at_1.mean
+            note(
+                f"cold start {step}/{sft.steps}  loss {metrics['sft/loss']:.3f}  "
+                f"held-out pass@1 {pass_at_1:.1%}"
+            )
+            if pass_at_1 >= sft.stop_at_pass:
+                break
+    return learner.state.policy
+
+
+def encode_solutions(
+    config: Config, subject: Subject
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Prompts and worked solutions of the train split as tokens, the stop token at each solution's end.
+
+    Raises:
+        UserError: the task has no worked solutions, or one is longer than rollout.max_new_tokens.
+    """
+    prompts, solutions = [], []
+    for problem in subject.task.problems("train"):
+        solution = (*subject.tokenizer.encode(problem.solution), subject.tokenizer.stop_ids[0])
+        if not problem.solution:
+            raise UserError(
+                f"sft.steps={config.sft.steps}, but task {subject.task.name} has a problem without a "
+                f"worked solution ({problem.prompt[:60]!r}); add one, or set sft.steps=0"
+            )
+        if len(solution) > config.rollout.max_new_tokens:
+            raise UserError(
+                f"the worked solution of {problem.prompt[:60]!r} has {len(solution)} tokens with its stop "
+                f"token, more than rollout.max_new_tokens={config.rollout.max_new_tokens}; set that to at "
+                f"least {len(solution)}"
+            )
+        prompts.append(
+            encode_prompt(
+                problem, subject.tokenizer, config.rollout.max_prompt_tokens, subject.add_bos
+            )
+        )
+        solutions.append(solution)
+    return prompts, solutions

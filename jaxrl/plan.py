@@ -1,0 +1,221 @@
+"""What a configuration amounts to, before anything runs: derived sizes, memory, predicted times.
+
+Refuses what cannot work on the given devices, with the nearest sizes that can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxrl.config import Config
+from jaxrl.errors import UserError
+from jaxrl.observe import Shapes
+from jaxrl.tokenizer import Tokenizer
+from models.config import ModelConfig
+from roofline.hardware import Hardware
+from roofline.kernels import Layout
+from roofline.memory import memory_per_device
+from roofline.phases import Phase
+from roofline.predict import StepComparison, compare_step, predict
+
+_GIB, _MIB = 2**30, 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Sizes and predictions of one optimizer step in which every completion reaches its limit."""
+
+    shapes: Shapes
+    samples: int
+    """Completions per optimizer step, P * G."""
+    microbatches: int
+    """Micro-batches per optimizer step at full length."""
+    learner_bytes: dict[str, int]
+    """Memory of one learner device by name [bytes]."""
+    rollout_bytes: dict[str, int]
+    """Memory of one rollout device by name [bytes]."""
+    phase_s: dict[Phase, float]
+    """Predicted seconds per optimizer step, each phase alone."""
+    comparison: StepComparison
+    """Lockstep against overlapped."""
+
+
+def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
+    """Derive and check everything. Raises: UserError for sizes that do not fit the devices."""
+    shapes = make_shapes(config, model)
+    _check_divisible(config, shapes)
+    samples = config.grpo.prompts_per_step * config.grpo.group_size
+    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    rows = -(-samples // (config.train.row_tokens // longest))
+    microbatches = -(-rows // config.train.rows_per_microbatch)
+    learner, rollout = _memory(config, shapes)
+    _check_memory(config, hardware, learner, rollout)
+    phase_s = _phase_seconds(config, shapes, hardware, samples, microbatches)
+    return Plan(
+        shapes=shapes,
+        samples=samples,
+        microbatches=microbatches,
+        learner_bytes=learner,
+        rollout_bytes=rollout,
+        phase_s=phase_s,
+        comparison=compare_step(phase_s, hardware, waiting_s=_waiting(config)),
+    )
+
+
+def make_shapes(config: Config, model: ModelConfig) -> Shapes:
+    """Static shapes and layouts of both meshes."""
+    mesh, dtype = config.mesh, config.model.dtype
+    return Shapes(
+        model=model,
+        learner=Layout(
+            data=mesh.learner_data, fsdp=mesh.learner_fsdp, tensor=mesh.learner_tensor,
+            compute_dtype=dtype, param_dtype="float32", kv_dtype=dtype,
+        ),
+        rollout=Layout(
+            data=mesh.rollout_data, tensor=mesh.rollout_tensor,
+            compute_dtype=dtype, param_dtype=dtype, kv_dtype=dtype,
+        ),
+        num_slots=config.rollout.slots,
+        row_tokens=config.train.row_tokens,
+        rows_per_microbatch=config.train.rows_per_microbatch,
+        remat=config.model.remat,
+        colocated=mesh.colocated,
+    )  # fmt: skip
+
+
+def plan_rows(
+    config: Config, plan: Plan, hardware: Hardware, tokenizer: Tokenizer
+) -> list[tuple[str, str, str]]:
+    """Rows (quantity, value, how it follows) of the printed plan."""
+    model, grpo, train = plan.shapes.model, config.grpo, config.train
+    budget = train.rows_per_microbatch * train.row_tokens
+    rows = [
+        ("parameters", f"{model.num_parameters:,}", f"{model.num_layers} layers of width {model.width}, {model.vocab_size} tokens ({tokenizer.name})"),
+        ("samples per step", f"{plan.samples:,}", f"{grpo.prompts_per_step} prompts x {grpo.group_size} samples"),
+        ("micro-batch", f"{budget:,} tokens", f"{train.rows_per_microbatch} packed rows x {train.row_tokens}; at most {plan.microbatches} per step"),
+        ("decode slots", f"{config.rollout.slots:,}", f"chunks of {config.rollout.chunk_steps} steps, up to {config.rollout.max_new_tokens} new tokens"),
+        ("staleness", f"<= {config.rollout.max_staleness}", f"{config.rollout.max_staleness + 1} x {grpo.prompts_per_step} groups may be under way"),
+        ("devices", f"{config.mesh.devices}", _devices(config)),
+        ("learner memory", _size(plan.learner_bytes), _parts(plan.learner_bytes)),
+        ("rollout memory", _size(plan.rollout_bytes), _parts(plan.rollout_bytes)),
+        ("hardware", hardware.name, "calibrated " + hardware.date if hardware.calibrated else "datasheet"),
+    ]  # fmt: skip
+    rows += [
+        (f"predicted {phase}", f"{1e3 * seconds:.1f} ms", "per step, alone, completions at their limit")
+        for phase, seconds in plan.phase_s.items()
+    ]
+    best = plan.comparison
+    if best.winner == "async":
+        verdict = f"overlap of the lanes predicts {best.speedup:.2f}x over lockstep"
+    else:
+        verdict = "no gain from overlap: the lanes share what binds them"
+    rows.append(("predicted step", f"{1e3 * min(best.sync_s, best.async_s):.0f} ms", verdict))
+    return rows
+
+
+def _devices(config: Config) -> str:
+    mesh = config.mesh
+    shared = "colocated" if mesh.colocated else "disjoint"
+    return (
+        f"{shared}; learner data {mesh.learner_data} x fsdp {mesh.learner_fsdp} x tensor "
+        f"{mesh.learner_tensor}, rollout data {mesh.rollout_data} x tensor {mesh.rollout_tensor}"
+    )
+
+
+def _size(parts: dict[str, int]) -> str:
+    total = sum(parts.values())
+    return f"{total / _GIB:.2f} GiB" if total >= _GIB else f"{total / _MIB:.1f} MiB"
+
+
+def _parts(parts: dict[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {n / _MIB:.1f}" for name, n in parts.items()) + " MiB"
+
+
+def _check_divisible(config: Config, shapes: Shapes) -> None:
+    rows, row_shards = config.train.rows_per_microbatch, shapes.learner.row_shards
+    if rows % row_shards:
+        below = rows // row_shards * row_shards
+        raise UserError(
+            f"train.rows_per_microbatch={rows} cannot be split over mesh.learner_data * "
+            f"mesh.learner_fsdp = {row_shards} devices; use {_nearest(below, row_shards)}"
+        )
+    slots, slot_shards = config.rollout.slots, shapes.rollout.row_shards
+    if slots % slot_shards:
+        below = slots // slot_shards * slot_shards
+        raise UserError(
+            f"rollout.slots={slots} cannot be split over mesh.rollout_data={slot_shards} devices; "
+            f"use {_nearest(below, slot_shards)}"
+        )
+    for name, layout in (("learner", shapes.learner), ("rollout", shapes.rollout)):
+        if shapes.model.num_kv_heads % layout.tensor:
+            heads = shapes.model.num_kv_heads
+            valid = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise UserError(
+                f"mesh.{name}_tensor={layout.tensor} does not divide the {heads} kv heads; use one of {valid}"
+            )
+
+
+def _waiting(config: Config) -> dict[Phase, float]:
+    """Seconds per step in which a phase holds no core."""
+    latency_s = config.task.reward_latency_s
+    return {Phase.REWARD: latency_s} if latency_s else {}
+
+
+def _nearest(below: int, step: int) -> str:
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _memory(config: Config, shapes: Shapes) -> tuple[dict[str, int], dict[str, int]]:
+    train, rollout = config.train, config.rollout
+    learner = memory_per_device(
+        shapes.model, shapes.learner, trains=True, rows=train.rows_per_microbatch,
+        row_tokens=train.row_tokens, remat=config.model.remat,
+        chunk_tokens=train.logprob_chunk_tokens,
+    )  # fmt: skip
+    if config.grpo.kl_weight or config.grpo.log_reference:
+        learner = {**learner, "reference": learner["parameters"]}
+    rolls = memory_per_device(
+        shapes.model, shapes.rollout, slots=rollout.slots, snapshots=2,
+        max_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
+    )  # fmt: skip
+    return learner, rolls
+
+
+def _check_memory(
+    config: Config, hardware: Hardware, learner: dict[str, int], rollout: dict[str, int]
+) -> None:
+    both = sum(learner.values()) + sum(rollout.values())
+    needs = {"learner and rollout": both} if config.mesh.colocated else {
+        "learner": sum(learner.values()), "rollout": sum(rollout.values()),
+    }  # fmt: skip
+    for name, needed in needs.items():
+        if needed > hardware.hbm_bytes:
+            raise UserError(
+                f"the {name} needs {needed / _GIB:.1f} GiB per device, but {hardware.name} has "
+                f"{hardware.hbm_bytes / _GIB:.1f} GiB; lower train.rows_per_microbatch or "
+                "train.logprob_chunk_tokens (learner), rollout.slots or rollout.max_new_tokens "
+                "(rollout), set model.remat=block, or shard over more devices (mesh.*)"
+            )
+
+
+def _phase_seconds(
+    config: Config, shapes: Shapes, hardware: Hardware, samples: int, microbatches: int
+) -> dict[Phase, float]:
+    rollout = config.rollout
+    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
+    steps = -(-samples // rollout.slots) * rollout.max_new_tokens
+    chunks = -(-steps // rollout.chunk_steps)
+    costs = [
+        shapes.prefill(config.grpo.prompts_per_step, rollout.max_prompt_tokens),
+        shapes.train(microbatches),
+        shapes.optimizer(),
+        shapes.publish(),
+    ]
+    if config.grpo.kl_weight or config.grpo.log_reference:
+        costs.append(shapes.reference(microbatches))
+    seconds = {cost.phase: predict(cost, hardware).expected_s for cost in costs}
+    chunk = shapes.decode(longest, rollout.chunk_steps)
+    seconds[Phase.DECODE] = chunks * predict(chunk, hardware).expected_s
+    if config.task.reward_latency_s:
+        seconds[Phase.REWARD] = config.task.reward_latency_s
+    return {phase: seconds[phase] for phase in Phase if phase in seconds}

@@ -1,0 +1,94 @@
+"""The policy a configuration asks for: its shape, its tokenizer, its first weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl.config import ModelOptions
+from jaxrl.errors import UserError
+from jaxrl.tasks import Task
+from jaxrl.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.hf import load_policy, read_config
+from models.sharding import init_sharded, policy_shardings
+
+_SHAPE = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "qk_norm")
+
+
+def resolve_model(
+    options: ModelOptions, task: Task, max_positions: int
+) -> tuple[ModelConfig, Tokenizer]:
+    """Architecture and tokenizer: read from model.path, or built from the model.* shape and the task's alphabet.
+
+    Raises:
+        UserError: the checkpoint cannot be used, does not reach `max_positions` tokens, or model.path
+            and a shape are both given.
+    """
+    if options.path is None:
+        return _from_scratch(options, task, max_positions)
+    if not options.path.is_dir():
+        raise UserError(
+            f"model.path={options.path} is no folder; give one that holds config.json and safetensors"
+        )
+    default = ModelOptions()
+    given = [name for name in _SHAPE if getattr(options, name) != getattr(default, name)]
+    if given:
+        raise UserError(
+            f"model.path={options.path} brings its own shape, but model.{given[0]}="
+            f"{getattr(options, given[0])} is set too; remove model.{', model.'.join(given)}"
+        )
+    try:
+        config = read_config(options.path)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    if config.max_positions < max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {max_positions}, but the checkpoint "
+            f"{options.path} was made for {config.max_positions} positions; lower one of the two"
+        )
+    return config, load_tokenizer(options.path)
+
+
+def _from_scratch(
+    options: ModelOptions, task: Task, max_positions: int
+) -> tuple[ModelConfig, Tokenizer]:
+    if task.alphabet is None:
+        raise UserError(
+            f"task.name={task.name} needs a trained checkpoint and its tokenizer; set model.path to its folder"
+        )
+    tokenizer = CharTokenizer(task.alphabet)
+    try:
+        config = ModelConfig(
+            family="qwen3" if options.qk_norm else "llama",
+            vocab_size=tokenizer.vocab_size,
+            width=options.width,
+            num_layers=options.num_layers,
+            num_heads=options.num_heads,
+            num_kv_heads=options.num_kv_heads,
+            head_size=options.head_size,
+            ffw_size=options.ffw_size,
+            max_positions=max_positions,
+            qk_norm=options.qk_norm,
+            tied_embeddings=options.tied_embeddings,
+            eos_token_ids=tokenizer.stop_ids,
+        )
+    except ValueError as error:
+        raise UserError(f"model.* does not describe a decoder: {error}") from error
+    return dataclasses.replace(config), tokenizer
+
+
+def first_policy(options: ModelOptions, config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:
+    """Float32 weights on the learner mesh: the checkpoint's, or drawn from `seed`."""
+    if options.path is None:
+        return init_sharded(config, jax.random.key(seed), mesh, jnp.float32)
+    try:
+        return load_policy(
+            options.path, config, dtype=jnp.float32, shardings=policy_shardings(config, mesh)
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error

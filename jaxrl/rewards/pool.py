@@ -1,0 +1,351 @@
+"""Verification in worker processes, so that neither the rollout nor the learner ever waits for a
+verifier.
+
+    submit_many --> queue of chunks --> one thread per worker --pipe--> worker process
+                         ^                      |
+                         +-- items one by one --+   after a timeout or a death
+
+A chunk holds as many items as are expected to take 50 ms, so quick verifiers cost one message per
+group and slow ones use all workers. A thread waits at most `timeout_s` for its worker's answer;
+nobody waits for the threads but whoever asks a future for its result.
+- Chunk too slow: the worker is killed and the items go again, one by one. An item that alone takes
+  longer than `timeout_s` gets reward 0 and is counted; so no item is condemned for its neighbours.
+- Worker died: the items go again, one by one. An item that then costs two workers is an error.
+- `verify` raised: the future carries the error, with problem and traceback. It is never a silent 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxrl.config import TaskConfig
+from jaxrl.errors import UserError
+from jaxrl.rewards.process import StartError, WorkerProcess
+from jaxrl.rewards.worker import Item, Setup, Verdict, judge
+from jaxrl.tasks import Task, make_task
+from jaxrl.types import Problem, Reward
+
+_CHUNK_S = 0.05
+"""Expected duration of a chunk: long against the 0.1 ms of a message, short against the decoding of
+a group.
+"""
+_MOST_PER_CHUNK = 64
+_LATENCIES_KEPT = 4096
+_DEATHS = 2
+"""Workers that an item may cost on its own before it is an error."""
+_SMOOTHING = 0.1
+"""Weight of the newest chunk in the running mean of an item's duration."""
+
+
+class VerifierError(RuntimeError):
+    """A verifier raised, died or could not start; the text has the problem and the traceback."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardStats:
+    """Counters since the start, and latencies from submission to result of the last 4096
+    submissions.
+    """
+
+    queue_depth: int
+    """Items submitted and not yet judged."""
+    done: int
+    """Items judged, timeouts included."""
+    timeouts: int
+    """Items that took longer than the limit and got 0."""
+    retries: int
+    """Items sent again after the timeout of their chunk or the death of their worker."""
+    latency_p50_s: float
+    latency_p90_s: float
+    latency_max_s: float
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class _Group:
+    """One submission: its future resolves when every item has a reward."""
+
+    items: Sequence[Item]
+    rewards: dict[int, Reward] = field(default_factory=dict)
+    submitted_s: float = field(default_factory=time.perf_counter)
+    future: Future[list[Reward]] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """Items of one group for one message."""
+
+    group: _Group
+    indices: Sequence[int]
+    deaths: int = 0
+    """Workers that its only item has cost."""
+
+    @property
+    def items(self) -> list[Item]:
+        return [self.group.items[i] for i in self.indices]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Late:
+    """Inline verdicts that are handed over when their latency has passed."""
+
+    chunk: _Chunk
+    verdicts: Sequence[Verdict]
+    due_s: float
+
+
+class RewardPool:
+    """Verifies completions in `workers` processes; with 0 workers in the caller's thread."""
+
+    def __init__(
+        self,
+        task_config: TaskConfig,
+        seed: int,
+        workers: int,
+        timeout_s: float,
+        latency_s: float,
+        make: Callable[[TaskConfig, int], Task] = make_task,
+    ) -> None:
+        """Start the workers without waiting for them.
+
+        timeout_s: longest verification of one item, latency included [s]; not enforced with 0
+            workers.
+        latency_s: added to each verification in its worker [s]; with 0 workers a timer thread adds
+            it once to each submission.
+        make: builds the task, here and in each worker; a function that a worker can import.
+        Raises: UserError for values out of range, and whatever the task raises for its
+        configuration.
+        """
+        if workers < 0:
+            raise UserError(f"task.reward_workers={workers} must be at least 0; usual: 1")
+        if not 0 <= latency_s < timeout_s:
+            raise UserError(
+                f"task.reward_latency_s={latency_s} must lie in [0, task.reward_timeout_s="
+                f"{timeout_s}): past the timeout every reward is 0; lower the latency or raise the timeout"
+            )
+        self._task = make(task_config, seed)
+        self._setup = Setup(make, task_config, seed, latency_s)
+        self._timeout_s, self._latency_s = timeout_s, latency_s
+        self._item_s = latency_s  # running mean duration of one item
+        self._lock = threading.Lock()  # guards everything below
+        self._closed = False
+        self._stop = threading.Event()
+        self._depth = self._done = self._timeouts = self._retries = 0
+        self._latencies_s: collections.deque[float] = collections.deque(maxlen=_LATENCIES_KEPT)
+        self._open: set[_Group] = set()
+        self._processes: dict[int, WorkerProcess] = {}
+        self._chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._late: queue.SimpleQueue[_Late | None] = queue.SimpleQueue()
+        self._inline = workers == 0
+        self._threads = [
+            threading.Thread(target=self._serve, args=(lane,), name=f"reward-{lane}", daemon=True)
+            for lane in range(workers)
+        ]
+        if self._inline and latency_s:
+            self._threads = [threading.Thread(target=self._wait, name="reward-timer", daemon=True)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, problem: Problem, completion: str, finished: bool) -> Future[Reward]:
+        """Verify one completion. The future raises VerifierError if the verifier does."""
+        single: Future[Reward] = Future()
+        single.set_running_or_notify_cancel()
+
+        def hand_over(group: Future[list[Reward]]) -> None:
+            if error := group.exception():
+                single.set_exception(error)
+            else:
+                single.set_result(group.result()[0])
+
+        self.submit_many([Item(problem, completion, finished)]).add_done_callback(hand_over)
+        return single
+
+    def submit_many(self, items: Sequence[tuple[Problem, str, bool]]) -> Future[list[Reward]]:
+        """Verify (problem, completion text, finished) each; rewards in the same order.
+
+        The future raises VerifierError if the verifier does; it cannot be cancelled, and its
+        callbacks run in a thread of the pool. Raises: RuntimeError after `close`.
+        """
+        group = _Group(items=[Item(*item) for item in items])
+        group.future.set_running_or_notify_cancel()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the reward pool is closed; submit before close()")
+            self._open.add(group)
+            self._depth += len(items)
+            size = max(1, min(_MOST_PER_CHUNK, int(_CHUNK_S / max(self._item_s, 1e-9))))
+        everything = range(len(items))
+        if self._inline or not items:
+            self._judge_inline(_Chunk(group=group, indices=everything))
+        else:
+            for start in range(0, len(items), size):
+                self._chunks.put(_Chunk(group=group, indices=everything[start : start + size]))
+        return group.future
+
+    def stats(self) -> RewardStats:
+        """Counters and latencies so far; latencies are 0 before the first result."""
+        with self._lock:
+            latencies_s = np.array(self._latencies_s or [0.0])
+            return RewardStats(
+                queue_depth=self._depth,
+                done=self._done,
+                timeouts=self._timeouts,
+                retries=self._retries,
+                latency_p50_s=float(np.quantile(latencies_s, 0.5)),
+                latency_p90_s=float(np.quantile(latencies_s, 0.9)),
+                latency_max_s=float(latencies_s.max()),
+            )
+
+    def close(self) -> None:
+        """End all processes and threads; submissions without a result get VerifierError. May be
+        repeated.
+        """
+        with self._lock:
+            self._closed = True
+            for process in self._processes.values():
+                process.kill()
+            unfinished = list(self._open)
+        self._stop.set()
+        self._late.put(None)
+        for _ in self._threads:
+            self._chunks.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join()
+        for group in unfinished:
+            self._fail(group, VerifierError("the reward pool was closed before this was verified"))
+
+    def __enter__(self) -> RewardPool:
+        """The pool itself; leaving the block closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the pool."""
+        self.close()
+
+    def _judge_inline(self, chunk: _Chunk) -> None:
+        verdicts = [judge(self._task, item) for item in chunk.items]
+        if self._inline and self._latency_s:
+            due_s = time.perf_counter() + self._latency_s
+            self._late.put(_Late(chunk=chunk, verdicts=verdicts, due_s=due_s))
+        else:
+            self._take(chunk, verdicts)
+
+    def _wait(self) -> None:
+        """Timer thread of inline verification. One latency for all, so first in is first due."""
+        while (late := self._late.get()) is not None:
+            if self._stop.wait(max(0.0, late.due_s - time.perf_counter())):
+                return
+            self._take(late.chunk, late.verdicts)
+
+    def _serve(self, lane: int) -> None:
+        """Thread of one worker: ask it chunk after chunk, replace it when it is lost."""
+        process: WorkerProcess | None = None
+        chunk: _Chunk | None = _Chunk(
+            group=_Group(items=()), indices=()
+        )  # starts the process early
+        while chunk is not None and not self._stop.is_set():
+            try:
+                process = process or self._start(lane)
+                self._take(chunk, process.ask(chunk.items, self._timeout_s))
+            except StartError as error:
+                message = f"a verifier process of task {self._task.name} cannot start: {error}"
+                self._fail(chunk.group, VerifierError(message))
+                process = _discarded(process)
+            except TimeoutError:
+                self._after_timeout(chunk)
+                process = _discarded(process)
+            except (EOFError, OSError):
+                self._after_death(chunk, process.discard() if process else 0)
+                process = None
+            chunk = self._chunks.get()
+        _discarded(process)
+
+    def _start(self, lane: int) -> WorkerProcess:
+        """A new process, known to `close`. Raises: StartError if there can be none."""
+        with self._lock:
+            if self._closed:
+                raise StartError("the pool is closed")
+            self._processes[lane] = WorkerProcess(self._setup)
+            return self._processes[lane]
+
+    def _after_timeout(self, chunk: _Chunk) -> None:
+        if len(chunk.indices) > 1:
+            self._again(chunk, deaths=0)
+            return
+        with self._lock:
+            self._timeouts += chunk.group in self._open
+        self._settle(chunk, [Reward(total=0.0, correct=False)], self._timeout_s)
+
+    def _after_death(self, chunk: _Chunk, exit_code: int) -> None:
+        deaths = chunk.deaths + 1 if len(chunk.indices) == 1 else 0
+        if deaths < _DEATHS:
+            self._again(chunk, deaths)
+            return
+        item = chunk.items[0]
+        message = (
+            f"the verifier process ended {deaths} times (exit code {exit_code}; stderr says more)"
+        )
+        self._fail(chunk.group, self._error(item, message))
+
+    def _again(self, chunk: _Chunk, deaths: int) -> None:
+        with self._lock:
+            self._retries += len(chunk.indices)
+        for i in chunk.indices:
+            self._chunks.put(_Chunk(group=chunk.group, indices=[i], deaths=deaths))
+
+    def _take(self, chunk: _Chunk, verdicts: Sequence[Verdict]) -> None:
+        """Hand verdicts to their group, or the first error among them."""
+        rewards = []
+        for item, verdict in zip(chunk.items, verdicts, strict=True):
+            if verdict.reward is None:
+                self._fail(chunk.group, self._error(item, verdict.traceback))
+                return
+            rewards.append(verdict.reward)
+        item_s = sum(verdict.duration_s for verdict in verdicts) / max(len(verdicts), 1)
+        self._settle(chunk, rewards, item_s)
+
+    def _settle(self, chunk: _Chunk, rewards: Sequence[Reward], item_s: float) -> None:
+        """Store rewards; resolve the group's future with its last one. Ignores groups that are
+        settled.
+        """
+        group = chunk.group
+        with self._lock:
+            if group not in self._open:
+                return
+            self._item_s += _SMOOTHING * (item_s - self._item_s)
+            group.rewards.update(zip(chunk.indices, rewards, strict=True))
+            self._depth -= len(rewards)
+            self._done += len(rewards)
+            if len(group.rewards) < len(group.items):
+                return
+            self._open.remove(group)
+            self._latencies_s.append(time.perf_counter() - group.submitted_s)
+        group.future.set_result([group.rewards[i] for i in range(len(group.items))])
+
+    def _fail(self, group: _Group, error: VerifierError) -> None:
+        """Resolve the group's future with an error, unless it is settled."""
+        with self._lock:
+            if group not in self._open:
+                return
+            self._open.remove(group)
+            self._depth -= len(group.items) - len(group.rewards)
+        group.future.set_exception(error)
+
+    def _error(self, item: Item, what: str) -> VerifierError:
+        return VerifierError(
+            f"task {self._task.name}, problem {item.problem.id}\n  prompt {item.problem.prompt!r}\n"
+            f"  completion {item.completion[:500]!r}\n{what}"
+        )
+
+
+def _discarded(process: WorkerProcess | None) -> None:
+    if process:
+        process.discard()

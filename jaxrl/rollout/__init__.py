@@ -1,0 +1,1 @@
+"""Sampling: slots refilled between jitted decode chunks, and the thread that drives them."""

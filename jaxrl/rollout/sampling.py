@@ -1,0 +1,244 @@
+"""The jitted sampling step over fixed slots. Pure: arrays in, arrays out; no thread, file or clock.
+
+A slot holds one sequence. Its last prompt token is its first decode input, so the first sampled token
+comes from the same decode graph as every other and prefill only fills the cache.
+
+Randomness: one uniform per token from fold_in(key of the sample, position), so a token depends on its
+sample and position alone, never on the slot, its neighbours or the order of arrival. A uniform and the
+inverse CDF cost one random number per row where the Gumbel trick costs V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.cache import KVCache, init_cache, insert_prompts
+from models.config import ModelConfig
+from models.decoder import Decoder, decode_step, recompute
+from models.head import head_logits
+
+CDF_BLOCK = 32
+"""Vocabulary entries per block of the two-level inverse CDF."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slots:
+    """State of all B slots on the rollout devices."""
+
+    cache: KVCache
+    tokens: Any  # [B, S] int32, sequence so far by position
+    positions: Any  # [B] int32, position of the next decode input
+    remaining: Any  # [B] int32, tokens that may still be sampled; 0: the slot is idle
+    keys: Any  # [B, 2] uint32, key data of the sample's random stream
+    temperature: Any  # [B] float32, 0 is greedy
+    top_p: Any  # [B] float32
+    top_k: Any  # [B] int32, 0 is off
+    stop_ids: Any  # [B, E] int32, -1 where unused
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """What a decode chunk sampled; entry [i, b] is meaningful where `sampled`."""
+
+    tokens: Any  # [C, B] int32
+    logprobs: Any  # [C, B] float32
+    sampled: Any  # [C, B] bool
+    remaining: Any  # [B] int32, after the chunk
+    steps: Any  # [] int32, decode steps really done
+
+
+def processed_logprobs(
+    logits: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array, *, filtered: bool
+) -> jax.Array:
+    """Log-probabilities [B, V] of the distribution that is sampled from.
+
+    Softmax of logits / temperature, restricted to the top_k most likely tokens and to the smallest set
+    whose mass reaches top_p (arXiv:1904.09751), renormalised. `filtered=False` skips both. Temperature 0
+    leaves the logits as they are (the caller takes the argmax, whose log-probability is then reported).
+    """
+    scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    logprobs = jax.nn.log_softmax(logits / scale, axis=-1)
+    if not filtered:
+        return logprobs
+    vocab = logits.shape[-1]
+    order = jnp.argsort(-logprobs, axis=-1)
+    ranked = jnp.take_along_axis(logprobs, order, axis=-1)
+    before = jnp.cumsum(jnp.exp(ranked), axis=-1) - jnp.exp(ranked)
+    limit = jnp.where(top_k > 0, top_k, vocab)[:, None]
+    rank = jnp.arange(vocab)[None, :]
+    keep_ranked = (rank < limit) & ((before < top_p[:, None]) | (rank == 0))
+    keep = jnp.zeros_like(keep_ranked).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_ranked)
+    return jax.nn.log_softmax(jnp.where(keep, logprobs, -jnp.inf), axis=-1)
+
+
+def inverse_cdf(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
+    """Token [B] whose cumulated probability first exceeds `uniform` [B] in [0, 1).
+
+    Two levels, so that float32 sums stay short: first the block of CDF_BLOCK tokens, then the token in it.
+    """
+    rows, vocab = logprobs.shape
+    blocks = -(-vocab // CDF_BLOCK)
+    padded = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, blocks * CDF_BLOCK - vocab)))
+    probabilities = padded.reshape(rows, blocks, CDF_BLOCK)
+    masses = probabilities.sum(-1)
+    block, inside = _first_exceeding(masses, uniform * masses.sum(-1))
+    chosen = jnp.take_along_axis(probabilities, block[:, None, None], axis=1)[:, 0]
+    token, _ = _first_exceeding(chosen, jnp.minimum(inside, chosen.sum(-1)))
+    return block * CDF_BLOCK + token
+
+
+def _first_exceeding(masses: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Index of the entry of `masses` [B, n] where the running sum passes `target`, and the rest inside it."""
+    total = jnp.cumsum(masses, axis=-1)
+    target = jnp.minimum(target, total[:, -1] * jnp.float32(1 - 2**-23))
+    index = jnp.sum(total <= target[:, None], axis=-1, dtype=jnp.int32)
+    index = jnp.minimum(index, masses.shape[-1] - 1)
+    before = jnp.take_along_axis(total - masses, index[:, None], axis=-1)[:, 0]
+    return index, jnp.maximum(target - before, 0.0)
+
+
+def sample_tokens(
+    logits: jax.Array, slots: Slots, *, filtered: bool, greedy: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Next token [B] of every slot and its log-probability [B] as sampled.
+
+    `greedy=False` promises that no slot has temperature 0, `filtered=False` that none uses top-p or top-k.
+    """
+    logprobs = processed_logprobs(
+        logits, slots.temperature, slots.top_p, slots.top_k, filtered=filtered
+    )
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.keys), slots.positions)
+    tokens = inverse_cdf(logprobs, jax.vmap(jax.random.uniform)(keys))
+    if greedy:
+        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.where(slots.temperature > 0, tokens, best)
+    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+
+
+def decode_chunk(
+    policy: Decoder, slots: Slots, *, steps: int, kv_limit: int, dtype: jnp.dtype,
+    filtered: bool, greedy: bool,
+) -> tuple[Slots, Chunk]:  # fmt: skip
+    """Up to `steps` decode steps over all slots in one loop; ends early when every slot is idle.
+
+    `kv_limit` bounds the cached positions that attention reads: at least the longest live sequence plus
+    `steps`. Idle slots are computed and ignored.
+    """
+    num_slots = slots.positions.shape[0]
+    rows = jnp.arange(num_slots)
+
+    def one_step(carry: tuple[jax.Array, Slots, Chunk]) -> tuple[jax.Array, Slots, Chunk]:
+        step, slots, chunk = carry
+        alive = slots.remaining > 0
+        inputs = slots.tokens[rows, slots.positions]
+        hidden, cache = decode_step(
+            policy, slots.cache, inputs, slots.positions, dtype=dtype, kv_limit=kv_limit
+        )
+        logits = head_logits(policy, hidden, dtype=dtype)
+        token, logprob = sample_tokens(logits, slots, filtered=filtered, greedy=greedy)
+        stopped = jnp.any(token[:, None] == slots.stop_ids, axis=-1)
+        remaining = jnp.where(alive & ~stopped, slots.remaining - 1, 0)
+        following = jnp.where(alive, slots.positions + 1, slots.positions)
+        written = jnp.where(alive, token, inputs)
+        chunk = Chunk(
+            tokens=chunk.tokens.at[step].set(token),
+            logprobs=chunk.logprobs.at[step].set(logprob),
+            sampled=chunk.sampled.at[step].set(alive),
+            remaining=remaining,
+            steps=step + 1,
+        )
+        slots = replace(
+            slots,
+            cache=cache,
+            tokens=slots.tokens.at[rows, following].set(written, mode="drop"),
+            positions=jnp.where(remaining > 0, following, slots.positions),
+            remaining=remaining,
+        )
+        return step + 1, slots, chunk
+
+    empty = Chunk(
+        tokens=jnp.zeros((steps, num_slots), jnp.int32),
+        logprobs=jnp.zeros((steps, num_slots), jnp.float32),
+        sampled=jnp.zeros((steps, num_slots), bool),
+        remaining=slots.remaining,
+        steps=jnp.int32(0),
+    )
+    _, slots, chunk = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & jnp.any(carry[1].remaining > 0),
+        one_step,
+        (jnp.int32(0), slots, empty),
+    )
+    return slots, chunk
+
+
+def recompute_cache(policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype) -> Slots:
+    """All cached keys and values of the first `tokens` positions again, under new weights."""
+    cache = recompute(policy, slots.cache, slots.tokens[:, :tokens], dtype=dtype)
+    return replace(slots, cache=cache)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """N samples that enter slots; rows past the real ones name slot B and are dropped."""
+
+    slots: Any  # [N] int32
+    rows: Any  # [N] int32, row of the prefilled prompts
+    stream: Any  # [N, 2] uint32, (prompt index, sample index): names the random stream
+    max_new_tokens: Any  # [N] int32
+    temperature: Any  # [N] float32
+    top_p: Any  # [N] float32
+    top_k: Any  # [N] int32
+    stop_ids: Any  # [N, E] int32
+
+
+def admit(
+    slots: Slots, prefilled: Any, prompts: jax.Array, lengths: jax.Array, entering: Admission,
+    root: jax.Array,
+) -> Slots:  # fmt: skip
+    """Copy prefilled prompts into slots and start their samples.
+
+    `prefilled` holds keys and values of `prompts` [P, T] (right-padded, true `lengths` [P]). Several
+    samples may name one prompt row: it was prefilled once. `root` [2] is the key data of the run's seed.
+    """
+    at, rows = entering.slots, entering.rows
+
+    def stream_key(name: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.wrap_key_data(root), name[0])
+        return jax.random.key_data(jax.random.fold_in(key, name[1]))
+
+    keys, values = prefilled
+    return Slots(
+        cache=insert_prompts(slots.cache, keys, values, rows=rows, slots=at),
+        tokens=slots.tokens.at[at, : prompts.shape[1]].set(prompts[rows], mode="drop"),
+        positions=slots.positions.at[at].set(lengths[rows] - 1, mode="drop"),
+        remaining=slots.remaining.at[at].set(entering.max_new_tokens, mode="drop"),
+        keys=slots.keys.at[at].set(jax.vmap(stream_key)(entering.stream), mode="drop"),
+        temperature=slots.temperature.at[at].set(entering.temperature, mode="drop"),
+        top_p=slots.top_p.at[at].set(entering.top_p, mode="drop"),
+        top_k=slots.top_k.at[at].set(entering.top_k, mode="drop"),
+        stop_ids=slots.stop_ids.at[at].set(entering.stop_ids, mode="drop"),
+    )
+
+
+def empty_slots(
+    config: ModelConfig, *, num_slots: int, max_tokens: int, num_stop_ids: int, dtype: jnp.dtype
+) -> Slots:
+    """`num_slots` idle slots for sequences of at most `max_tokens` tokens."""
+    return Slots(
+        cache=init_cache(config, num_slots, max_tokens, dtype),
+        tokens=jnp.zeros((num_slots, max_tokens), jnp.int32),
+        positions=jnp.zeros(num_slots, jnp.int32),
+        remaining=jnp.zeros(num_slots, jnp.int32),
+        keys=jnp.zeros((num_slots, 2), jnp.uint32),
+        temperature=jnp.ones(num_slots, jnp.float32),
+        top_p=jnp.ones(num_slots, jnp.float32),
+        top_k=jnp.zeros(num_slots, jnp.int32),
+        stop_ids=jnp.full((num_slots, num_stop_ids), -1, jnp.int32),
+    )

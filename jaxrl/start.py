@@ -1,0 +1,123 @@
+"""The beginning of a run: from scratch with a cold start, from another run's weights, or where it stopped."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxrl.build import Subject, held_out, make_learner
+from jaxrl.checkpoint import FIRST_STEP, Checkpoints
+from jaxrl.config import Config
+from jaxrl.errors import UserError
+from jaxrl.evaluator import Evaluation, Evaluator
+from jaxrl.learner.cold_start import cold_start
+from jaxrl.learner.learner import Learner
+from jaxrl.policy import first_policy
+from jaxrl.record import RunRecord
+from jaxrl.telemetry.run import RunTelemetry
+from jaxrl.types import Snapshot
+from jaxrl.weights import WeightStore
+from models.decoder import Decoder
+from roofline.phases import Phase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Starter:
+    """What the beginning of a run needs."""
+
+    config: Config
+    subject: Subject
+    mesh: Mesh
+    store: WeightStore
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    telemetry: RunTelemetry
+
+    def begin(self) -> tuple[Learner, RunRecord]:
+        """A new run: first weights, cold start, first held-out evaluation, checkpoint 0."""
+        began = time.perf_counter()
+        config = self.config
+        policy = first_policy(config.model, self.subject.model, self.mesh, config.run.seed)
+        periodic, final = held_out(config, self.subject)
+        if config.run.fork_from is not None:
+            policy = fork(self._learner(policy), config.run.fork_from)
+        elif config.sft.steps:
+            policy = cold_start(
+                config, self.subject, self.mesh, policy, self.store, self.evaluator, periodic,
+                self.telemetry.progress.note,
+            )  # fmt: skip
+        learner = self._learner(policy)
+        if learner.needs_reference:
+            learner.freeze_reference()
+        record = RunRecord()
+        snapshot = self.store.publish(FIRST_STEP, learner.state.policy)
+        record.before = self._evaluate(snapshot)
+        record.wall_s = time.perf_counter() - began
+        self.checkpoints.save(FIRST_STEP, learner.state, record.to_json())
+        return learner, record
+
+    def resume(self, step: int) -> tuple[Learner, RunRecord]:
+        """The run as it was after optimizer step `step`. The reference is checkpoint 0."""
+        config = self.config
+        policy = first_policy(config.model, self.subject.model, self.mesh, config.run.seed)
+        learner = self._learner(policy)
+        if learner.needs_reference:
+            learner.state = self.checkpoints.restore_state(FIRST_STEP, learner.state)
+            learner.freeze_reference()
+        learner.state = self.checkpoints.restore_state(step, learner.state)
+        record = RunRecord.from_json(self.checkpoints.restore_record(step))
+        learner.num_nonfinite_steps = record.nonfinite_steps
+        self.store.publish(step, learner.state.policy)
+        return learner, record
+
+    def _learner(self, policy: Decoder) -> Learner:
+        return make_learner(
+            self.config, self.subject.model, self.mesh, policy, self.telemetry.observer
+        )
+
+    def _evaluate(self, snapshot: Snapshot) -> dict[str, float]:
+        _, problems = held_out(self.config, self.subject)
+        with self.telemetry.observer.phase(Phase.EVAL):
+            evaluation = self.evaluator.run(snapshot, problems, self.config.eval.final_samples)
+        curves = evaluation.metrics("test")
+        self.telemetry.curves(FIRST_STEP, curves)
+        self.telemetry.progress.note(f"before: {describe(evaluation)}")
+        return curves
+
+
+def fork(learner: Learner, folder: Path) -> Decoder:
+    """The weights of the newest checkpoint of another run. `learner` lends its shapes."""
+    checkpoints = Checkpoints(existing_checkpoints(folder), keep=1)
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(
+                f"run.fork_from={folder} has no checkpoint yet; give a run folder that has one"
+            )
+        return checkpoints.restore_state(step, learner.state).policy
+    finally:
+        checkpoints.close()
+
+
+def existing_checkpoints(folder: Path) -> Path:
+    """The checkpoint folder of the run in `folder`. Raises: UserError if there is none."""
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(
+            f"{folder} is not a run folder with checkpoints; give the run.dir of an earlier run"
+        )
+    return checkpoints
+
+
+def describe(evaluation: Evaluation) -> str:
+    """One line: pass@1 with its interval, pass@n."""
+    estimate, n = evaluation.pass_at_1, len(evaluation.rollouts[0])
+    half = (estimate.high - estimate.low) / 2
+    more = f", pass@{n} {evaluation.pass_at(n):.1%}" if n > 1 else ""
+    return (
+        f"held-out pass@1 {estimate.mean:.1%} +- {half:.1%}{more} "
+        f"({len(evaluation.problems)} problems x {n} samples)"
+    )

@@ -1,0 +1,95 @@
+"""What a task is, how problems get their identity and split.
+
+A task is a pure description: it reads at most its own file, and verifying needs no problem list, so
+that verifier processes build it cheaply. Nothing here loads jax.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+from jaxrl.config import TaskConfig
+from jaxrl.types import Problem, Reward
+
+Split = Literal["train", "validation", "test"]
+
+_SPLIT_OF_DIGIT: tuple[Split, ...] = ("train",) * 8 + ("validation", "test")
+
+
+class Task(Protocol):
+    """A set of problems with an exact verifier."""
+
+    @property
+    def name(self) -> str:
+        """The task's name in the configuration."""
+        ...
+
+    @property
+    def chance_rate(self) -> float:
+        """Expected pass@1 of uniform guessing over plausible answers; each task says which those
+        are.
+        """
+        ...
+
+    @property
+    def alphabet(self) -> str | None:
+        """Characters that a from-scratch tokenizer needs; None where a checkpoint's tokenizer is
+        required.
+        """
+        ...
+
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """Distinct problems of a split, always the same ones in the same order for one
+        configuration and seed.
+
+        A problem belongs to the same split under every seed and every size limit.
+        """
+        ...
+
+    def verify(self, problem: Problem, completion: str, finished: bool) -> Reward:
+        """Judge a completion; exact and pure.
+
+        completion: generated text without the prompt and without the stop token.
+        finished: a stop token ended it, not the length limit.
+        """
+        ...
+
+
+def stable_hash(text: str) -> int:
+    """63-bit hash that is the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+
+
+def problem_id(text: str, family: str | None = None) -> int:
+    """Identity of the problem `text`: a 63-bit hash whose last decimal digit decides the split.
+
+    Problems of one `family` (47+85 and 85+47) share that digit, so that no split holds a problem
+    whose twin is in another.
+    """
+    identity = stable_hash(text)
+    return identity - identity % 10 + stable_hash(text if family is None else family) % 10
+
+
+def split_of(identity: int) -> Split:
+    """Split of a problem id: 80 % train, 10 % validation, 10 % test."""
+    return _SPLIT_OF_DIGIT[identity % 10]
+
+
+def most_problems(config: TaskConfig, split: Split) -> int:
+    """Most problems that the configuration wants in a split."""
+    return config.num_train if split == "train" else config.num_eval
+
+
+def shuffled(problems: Iterable[Problem], seed: int) -> list[Problem]:
+    """The problems in an order that depends on the seed and on each problem alone."""
+    return sorted(problems, key=lambda problem: stable_hash(f"{seed}/{problem.id}"))
+
+
+def uniform(rng: random.Random, low: int, high: int) -> int:
+    """Integer in low..high. Uses only `random()`, whose stream Python keeps the same across
+    versions.
+    """
+    return low + int(rng.random() * (high - low + 1))

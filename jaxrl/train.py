@@ -1,0 +1,173 @@
+"""`python -m jaxrl.train`: reinforcement learning of one policy, asynchronously. START READING HERE.
+
+    learner thread (this file)                         rollout thread (jaxrl.rollout.worker)
+    --------------------------                         -------------------------------------
+    take P finished groups, none staler                take tickets (prompts) as long as the
+      than max_staleness           <--- buffer ---       staleness bound allows
+    advantages, packing                                decode chunk after chunk over fixed slots
+    forward, backward, AdamW                           a finished group goes to the verifiers
+    publish weights v+1            ---- store --->     pick the newest weights between two chunks
+    release P tickets              --- tickets -->
+    evaluate, checkpoint, log
+
+The generators never wait for a training step; they wait only when every group that the staleness bound
+allows is under way. With max_staleness=0 the same program is the synchronous loop.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from jaxrl import build
+from jaxrl.buffer import GroupBuffer
+from jaxrl.checkpoint import Checkpoints
+from jaxrl.cli import ParsedArgs, parse_args, user_errors
+from jaxrl.config import Config
+from jaxrl.devices import make_meshes, simulate_cpu_devices
+from jaxrl.evaluator import Evaluator
+from jaxrl.finish import finish
+from jaxrl.learner.learner import Learner
+from jaxrl.packing import groups_to_sequences, pack
+from jaxrl.plan import make_plan, plan_rows
+from jaxrl.record import RunRecord
+from jaxrl.run_folder import open_run
+from jaxrl.start import Starter
+from jaxrl.telemetry.metrics import assert_share
+from jaxrl.telemetry.run import RunTelemetry
+from jaxrl.telemetry.tables import print_plan
+from jaxrl.types import Problem, RolloutGroup, Snapshot
+from jaxrl.weights import WeightStore
+from roofline.calibrate import cached_or_calibrate
+from roofline.phases import Phase
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    argv = sys.argv[1:] if argv is None else argv
+    with user_errors(debug="--debug" in argv):
+        run(parse_args(argv), argv)
+
+
+def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = False) -> None:
+    """One run from its configuration to its summary; resumes where the run folder's checkpoints end."""
+    config = parsed.config
+    simulate_cpu_devices(config.mesh.devices)
+    subject = build.make_subject(config)
+    learner_mesh, rollout_mesh = make_meshes(config.mesh)
+    hardware = cached_or_calibrate(subject.model)
+    plan = make_plan(config, subject.model, hardware)
+    print_plan(plan_rows(config, plan, hardware, subject.tokenizer))
+    if parsed.dry_run:
+        return
+    with ExitStack() as stack:
+        folder = stack.enter_context(closing(open_run(config, argv)))
+        hardware.save(folder.hardware)
+        checkpoints = stack.enter_context(
+            closing(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep))
+        )
+        resumed_step = checkpoints.latest()
+        telemetry = stack.enter_context(
+            closing(RunTelemetry(folder, config, plan, hardware, step=resumed_step or 0))
+        )
+        rewards = stack.enter_context(build.make_rewards(config))
+        store = build.make_store(config, subject.model, learner_mesh, rollout_mesh)
+        evaluator = build.make_evaluator(config, subject, rollout_mesh, rewards)
+        starter = Starter(
+            config=config, subject=subject, mesh=learner_mesh, store=store, evaluator=evaluator,
+            checkpoints=checkpoints, telemetry=telemetry,
+        )  # fmt: skip
+        learner, record = starter.begin() if resumed_step is None else starter.resume(resumed_step)
+        if only_cold_start:
+            return
+        buffer = build.make_buffer(config, subject, version=record.step, state=record.buffer)
+        worker = build.make_worker(
+            config, subject, rollout_mesh, store, buffer, rewards, telemetry.observer
+        )
+        loop = Loop(
+            config=config, learner=learner, store=store, buffer=buffer, evaluator=evaluator,
+            problems=build.held_out(config, subject)[0], checkpoints=checkpoints, record=record,
+            telemetry=telemetry,
+        )  # fmt: skip
+        with telemetry.watched(buffer), worker:
+            loop.run()
+        finish(config, subject, folder, learner, store, evaluator, record, telemetry, hardware)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loop:
+    """The learner's side of the drawing above."""
+
+    config: Config
+    learner: Learner
+    store: WeightStore
+    buffer: GroupBuffer
+    evaluator: Evaluator
+    problems: Sequence[Problem]
+    checkpoints: Checkpoints
+    record: RunRecord
+    telemetry: RunTelemetry
+
+    def run(self) -> None:
+        """Optimizer steps until train.steps."""
+        last = self.config.train.steps
+        began = time.perf_counter() - self.record.wall_s
+        for step in range(self.record.step + 1, last + 1):
+            with self.telemetry.observer.phase(Phase.WAIT_BATCH):
+                groups = self.buffer.take()
+            staleness = self.record.consume(groups, step - 1)
+            metrics = self._learn(groups)
+            snapshot = self._publish(step)
+            self.buffer.release(step)
+            self.record.step, self.record.buffer = step, self.buffer.state()
+            self.record.wall_s = time.perf_counter() - began
+            if _due(step, self.config.eval.every_steps) or step == last:
+                metrics |= self._evaluate(snapshot)
+            if _due(step, self.config.checkpoint.every_steps) or step == last:
+                self._save(step)
+            metrics |= {f"off_policy/{name}": n for name, n in self.buffer.counts().items()}
+            self.telemetry.log_step(step, metrics, groups, staleness)
+
+    def _learn(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """One optimizer step; none if every group was filtered, which is counted."""
+        config = self.config
+        sequences, metrics = groups_to_sequences(groups, config.grpo, config.rollout.max_new_tokens)
+        batches, packing = pack(
+            sequences, row_tokens=config.train.row_tokens,
+            rows_per_microbatch=config.train.rows_per_microbatch,
+        )  # fmt: skip
+        padding = assert_share("perf/padding_ratio", packing.padding_ratio, zero_allowed=True)
+        metrics |= {
+            "perf/padding_ratio": padding,
+            "batch/microbatches": packing.microbatches,
+            "batch/empty": float(not batches),
+        }
+        return {**metrics, **self.learner.update(batches)} if batches else metrics
+
+    def _publish(self, step: int) -> Snapshot:
+        with self.telemetry.observer.publish(step) as work:
+            traced = self.store.trace_count
+            snapshot = self.store.publish(step, self.learner.state.policy)
+            work["compiled"] = self.store.trace_count - traced
+        return snapshot
+
+    def _evaluate(self, snapshot: Snapshot) -> dict[str, float]:
+        with self.telemetry.observer.phase(Phase.EVAL):
+            evaluation = self.evaluator.run(snapshot, self.problems, self.config.eval.samples)
+        return evaluation.metrics("eval")
+
+    def _save(self, step: int) -> None:
+        self.record.nonfinite_steps = self.learner.num_nonfinite_steps
+        with self.telemetry.observer.phase(Phase.CHECKPOINT):
+            self.checkpoints.save(step, self.learner.state, self.record.to_json())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Where activations live: rows are split over the data and fsdp axes of the mesh in context."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import PartitionSpec
+
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes that rows of a batch and slots of a cache are split over."""
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+    """x [B, ...] with its rows split over ROW_AXES and the rest replicated; x itself outside a mesh.
+
+    Without it the compiler may follow the fsdp split of the weights and split D instead of B. The mesh is the one
+    of `jax.set_mesh`; rows that its axes do not divide are left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(ROW_AXES) <= set(mesh.axis_names):
+        return x
+    if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))

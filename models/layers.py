@@ -1,0 +1,101 @@
+"""The sub-blocks of a decoder layer as pure functions of arrays.
+
+Norms, rotary angles and softmax run in float32 whatever the compute dtype.
+Letters: B rows, T tokens, S cached keys, D width, K kv heads, G query heads per kv head (N / K), H head size,
+F ffw.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+MASKED_SCORE = -1e30
+"""Score of a key that must not be seen: finite, so that a row without any key stays free of NaN."""
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32, returned in x's dtype.
+
+    Source: arXiv:1910.07467 eq. 4.
+    """
+    with jax.named_scope("rms_norm"):
+        x32 = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * inverse * scale).astype(x.dtype)
+
+
+def rope_tables(
+    positions: jax.Array, head_size: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [..., H/2] float32 of positions [...]; frequency i is theta^(-2i/H).
+
+    Source: arXiv:2104.09864 eq. 15, in the "rotate half" order of Hugging Face (pairs i and i + H/2).
+    """
+    half = head_size // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies.reshape(
+        (1,) * positions.ndim + (half,)
+    )
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """x [..., H] turned by tables that broadcast against [..., H/2]; float32 inside, x's dtype outside."""
+    with jax.named_scope("rope"):
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+    """The feed-forward block on x [..., D] with up [D, 2 or 1, F] and down [F, D].
+
+    Two halves: down(silu(gate) * value), arXiv:2002.05202 eq. 6. One: down(silu(value)).
+    """
+    with jax.named_scope("mlp"):
+        inner = jnp.einsum("...d,dpf->...pf", x, up)
+        active = jax.nn.silu(inner[..., 0, :])
+        if up.shape[1] == 2:
+            active = active * inner[..., 1, :]
+        return jnp.einsum("...f,fd->...d", active, down)
+
+
+def packed_mask(segment_ids: jax.Array) -> jax.Array:
+    """[B, T, T] bool: query t may see key s of its own segment with s <= t; segment 0 is padding.
+
+    Padding sees padding, never a sequence, and no sequence sees padding.
+    """
+    tokens = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones((1, tokens, tokens), bool))
+
+
+def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B, T, T] -> [B, T, K, G, H]."""
+    with jax.named_scope("attention"):
+        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+
+
+def cached_attention(
+    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G, H].
+
+    keys [B, K, H, S] and values [B, K, S, H]. With one query the work is reading the cache, so it is
+    written as multiply and reduce over the leading one of the last two dimensions, which vectorises
+    over the last; a batched matrix product of G rows is slower on CPU (see the log of measurements).
+    """
+    with jax.named_scope("cached_attention"):
+        f32 = jnp.float32
+        q32 = q.astype(f32) * q.shape[-1] ** -0.5
+        scores = jnp.sum(q32[..., None] * keys[:, :, None].astype(f32), axis=3)  # [B, K, G, S]
+        seen = jnp.arange(keys.shape[-1])[None, :] <= positions[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores, MASKED_SCORE)
+        exponents = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        out = jnp.sum(exponents[..., None] * values[:, :, None].astype(f32), axis=3)
+        return (out / jnp.sum(exponents, axis=-1, keepdims=True)).astype(q.dtype)

@@ -1,0 +1,119 @@
+"""Where arrays live: one mesh, one table from logical axis to mesh axis, and what follows from them.
+
+Mesh axes: `data` replicates the parameters, `fsdp` splits parameters and rows, `tensor` splits heads, ffw and
+vocabulary. Axes are Auto: shardings are given at the edges and by `constrain_rows`, the compiler does the rest.
+Run programs that contain activations inside `jax.set_mesh(mesh)`, or the constraints are not applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from models.activations import ROW_AXES
+from models.cache import KVCache
+from models.config import ModelConfig
+from models.decoder import Decoder, abstract_decoder
+from models.parameters import Parameter, outer_table, stacked_layer_table
+
+MESH_AXES = ("data", "fsdp", "tensor")
+LOGICAL_TO_MESH: dict[str, str] = {
+    "width": "fsdp",
+    "kv_heads": "tensor",
+    "ffw": "tensor",
+    "vocab": "tensor",
+}
+"""The one place that says which logical axis is split over which mesh axis."""
+
+
+def make_mesh(
+    devices: Sequence[jax.Device] | np.ndarray, *, data: int = 1, fsdp: int = 1, tensor: int = 1
+) -> Mesh:
+    """Mesh (data, fsdp, tensor) over exactly data * fsdp * tensor devices, tensor innermost, all axes Auto.
+
+    Raises: ValueError when the product is not the number of devices.
+    """
+    grid = np.asarray(devices)
+    if min(data, fsdp, tensor) < 1 or grid.size != data * fsdp * tensor:
+        raise ValueError(
+            f"a mesh of data={data} * fsdp={fsdp} * tensor={tensor} needs {data * fsdp * tensor} devices, "
+            f"but {grid.size} were given; every factor is at least 1 and their product must be {grid.size}"
+        )
+    return Mesh(grid.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _mesh_axis(name: str, dim: str | None, size: int, mesh: Mesh) -> str | None:
+    """Mesh axis for one dimension of one parameter.
+
+    A vocabulary that the axis does not divide is replicated: its size is given by the tokenizer, so there is
+    nothing the user could choose. Any other indivisible dimension is an error.
+    """
+    if dim is None:
+        return None
+    axis = LOGICAL_TO_MESH[dim]
+    count = mesh.shape[axis]
+    if size % count == 0:
+        return axis
+    if dim == "vocab":
+        return None
+    valid = [n for n in range(1, size + 1) if size % n == 0]
+    raise ValueError(
+        f"{dim}={size} (of parameter {name}) cannot be split over mesh axis {axis}={count}; "
+        f"set {axis} to one of {valid}"
+    )
+
+
+def _sharding(name: str, parameter: Parameter, mesh: Mesh) -> NamedSharding:
+    dims = zip(parameter.axes, parameter.shape, strict=True)
+    spec = PartitionSpec(*(_mesh_axis(name, dim, size, mesh) for dim, size in dims))
+    return NamedSharding(mesh, spec)
+
+
+def policy_shardings(config: ModelConfig, mesh: Mesh) -> Decoder:
+    """A Decoder with a NamedSharding in place of each array.
+
+    Raises: ValueError naming the first dimension that its mesh axis does not divide.
+    """
+    table = outer_table(config) | stacked_layer_table(config)
+    return map_parameters(lambda name, _: _sharding(name, table[name], mesh), config)
+
+
+def decay_mask(config: ModelConfig) -> Decoder:
+    """A Decoder of bools: True for the matrices that weight decay applies to (not norms, biases, embeddings)."""
+    table = outer_table(config) | stacked_layer_table(config)
+    return map_parameters(lambda name, _: table[name].decayed, config)
+
+
+def map_parameters(make: Callable[[str, Any], Any], config: ModelConfig) -> Any:
+    """A Decoder whose leaves are make(parameter name, abstract array)."""
+
+    def leaf(path: tuple[Any, ...], abstract: Any) -> Any:
+        return make(jax.tree_util.keystr(path[-1:], simple=True), abstract)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_decoder(config))
+
+
+def init_sharded(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any) -> Decoder:
+    """A fresh Decoder whose arrays are made on their own devices; the same values on every mesh."""
+    make = partial(Decoder, config, dtype=dtype)
+    return jax.jit(make, out_shardings=policy_shardings(config, mesh))(key)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch [B, ...], split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def cache_shardings(config: ModelConfig, mesh: Mesh) -> KVCache:
+    """A KVCache of NamedShardings: slots over data and fsdp, kv heads over tensor.
+
+    Raises: ValueError when the tensor axis does not divide the kv heads.
+    """
+    heads = _mesh_axis("cache", "kv_heads", config.num_kv_heads, mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES, heads))
+    return KVCache(keys=sharding, values=sharding)

@@ -1,0 +1,296 @@
+"""Work of every phase on the busiest device, from the architecture alone. Standard library only.
+
+Conventions, printed in every report:
+  - flops are those of matrix products (a multiply-add is two), as many as the program executes:
+    attention over the full packed row or the cache window actually read (nothing saved by the
+    causal mask), the head on every scored token and its padding, recomputation where backward
+    recomputes. Attention over a cache counts 4 B S N H although it runs as multiply and reduce.
+    Other elementwise work appears as bytes.
+  - hbm_bytes counts each operand of each kernel once; a fused elementwise pass is one kernel.
+  - link_bytes is what one device sends: an all-gather or reduce-scatter of A bytes over n devices
+    sends A (n-1)/n, an all-reduce twice that (scaling book, gpus chapter).
+Letters: B rows, T tokens, S cached keys, L layers, D width, N query heads, K kv heads, H head size,
+F ffw, V vocabulary; a prime marks a size divided over the tensor axis.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from models.config import ModelConfig
+from roofline.kernels import (
+    FLOAT32_BYTES,
+    Layout,
+    Shard,
+    Work,
+    all_gather,
+    all_reduce,
+    ceil_div,
+    passes,
+    product,
+    reduce_scatter,
+    shard,
+    streaming,
+)
+from roofline.phases import Phase, PhaseCost
+
+__all__ = [
+    "Layout", "Remat", "decode", "held_parameters", "num_arrays", "optimizer", "prefill", "publish",
+    "reference", "score", "train",
+]  # fmt: skip
+
+Remat = Literal["none", "block"]
+
+
+def prefill(model: ModelConfig, layout: Layout, rows: int, tokens: int) -> PhaseCost:
+    """Keys and values of `rows` prompts padded to `tokens`: every layer, no head."""
+    local = ceil_div(rows, layout.row_shards)
+    part = shard(model, layout)
+    work = _embed(local * tokens, part, layout)
+    work += _layer(model, part, layout, local, tokens).times(model.num_layers)
+    work += passes(2 * model.num_layers * local * tokens * part.kv, layout.kv_bytes, 2)
+    return _cost(Phase.PREFILL, work, layout, dispatches=1)
+
+
+def decode(model: ModelConfig, layout: Layout, slots: int, kv_len: int, steps: int) -> PhaseCost:
+    """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens."""
+    local = ceil_div(slots, layout.row_shards)
+    part = shard(model, layout)
+    step = _embed(local, part, layout)
+    step += _layer(model, part, layout, local, 1, cached=kv_len).times(model.num_layers)
+    step += _head(local, part, layout) + _sample(local, model, part)
+    return _cost(Phase.DECODE, step.times(steps), layout, dispatches=1)
+
+
+def score(
+    model: ModelConfig,
+    layout: Layout,
+    row_tokens: int,
+    rows: int,
+    microbatches: int = 1,
+    chunk_tokens: int = 4096,
+) -> PhaseCost:
+    """Log-probabilities of `microbatches` packed batches of [rows, row_tokens], forward only."""
+    work = _scoring(model, layout, row_tokens, rows, chunk_tokens).times(microbatches)
+    return _cost(Phase.SCORE, work, layout, dispatches=microbatches)
+
+
+def reference(
+    model: ModelConfig,
+    layout: Layout,
+    row_tokens: int,
+    rows: int,
+    microbatches: int = 1,
+    chunk_tokens: int = 4096,
+) -> PhaseCost:
+    """`score` under the frozen reference: the same work."""
+    work = _scoring(model, layout, row_tokens, rows, chunk_tokens).times(microbatches)
+    return _cost(Phase.REFERENCE, work, layout, dispatches=microbatches)
+
+
+def train(
+    model: ModelConfig,
+    layout: Layout,
+    row_tokens: int,
+    rows: int,
+    microbatches: int = 1,
+    remat: Remat = "none",
+    chunk_tokens: int = 4096,
+) -> PhaseCost:
+    """Forward and backward of `microbatches` packed batches of [rows, row_tokens], accumulated.
+
+    Backward does two products for each one of forward. remat "block" runs each layer again, but
+    for its last product, whose output backward does not read. The head's logits are always made
+    again in backward, chunk by chunk: 4 times its forward in all.
+    """
+    local = ceil_div(rows, layout.row_shards)
+    part = shard(model, layout)
+    tokens = local * row_tokens
+    layer = _layer(model, part, layout, local, row_tokens)
+    layers = layer.times(3)
+    if remat == "block":
+        layers += layer + product(tokens, part.ffw, part.width, layout.compute_bytes).times(-1)
+    once = layers.times(model.num_layers)
+    once += _embed(tokens, part, layout).times(2)
+    once += _scored_head(local, row_tokens, part, layout, chunk_tokens).times(4)
+    once += _compute_weights(model, layout, gathers=2) + _sum_gradients(model, layout)
+    return _cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)
+
+
+def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
+    """Gradient norm, clipping and AdamW in float32: 32 bytes per parameter held.
+
+    The norm reads the gradient (4); the update reads p, g, m, v (16) and writes p, m, v (12).
+    """
+    arrays = num_arrays(model)
+    work = passes(8 * held_parameters(model, layout), FLOAT32_BYTES, 3 * arrays)
+    work += all_reduce(FLOAT32_BYTES, layout.fsdp * layout.tensor)
+    return _cost(Phase.OPTIMIZER, work, layout, dispatches=1)
+
+
+def publish(
+    model: ModelConfig, learner: Layout, rollout: Layout, *, same_devices: bool = False
+) -> PhaseCost:
+    """Cast to the rollout's type, gather over fsdp, copy to every rollout replica.
+
+    Counted on the learner's busiest device; all learner devices send equal parts. `same_devices`:
+    rollout and learner share devices, the copy stays in memory.
+    """
+    arrays, held = num_arrays(model), held_parameters(model, learner)
+    work = passes(held, learner.param_bytes, arrays) + passes(held, rollout.param_bytes, 0)
+    whole = model.num_parameters / learner.tensor * rollout.param_bytes
+    work += all_gather(whole, learner.fsdp, arrays)
+    if same_devices:
+        copied = Work(hbm_bytes=2 * whole, streamed_bytes=2 * whole, launches=arrays)
+        return _cost(Phase.PUBLISH, work + copied, learner, dispatches=2)
+    sent = model.num_parameters * rollout.param_bytes * rollout.row_shards / learner.devices
+    work += Work(hbm_bytes=sent, streamed_bytes=sent, link_bytes=sent, collectives=arrays)
+    return _cost(Phase.PUBLISH, work, learner, dispatches=2)
+
+
+def held_parameters(model: ModelConfig, layout: Layout) -> int:
+    """Parameters stored on one device: matrices over fsdp and tensor, norms on every device."""
+    part = shard(model, layout)
+    width = model.width // layout.fsdp
+    norms = 2 * model.width + (2 * model.head_size if model.qk_norm else 0)
+    biases = (part.query + 2 * part.kv) if model.qkv_bias else 0
+    matrices = 2 * part.query + 2 * part.kv + (3 if model.gated_mlp else 2) * part.ffw
+    outer = (1 if model.tied_embeddings else 2) * part.vocab * width + model.width
+    return outer + model.num_layers * (width * matrices + norms + biases)
+
+
+def num_arrays(model: ModelConfig) -> int:
+    """Arrays of the parameter tree, whose layers are stacked."""
+    return _layer_arrays(model) + 2 + (0 if model.tied_embeddings else 1)
+
+
+def _layer_arrays(model: ModelConfig) -> int:
+    """Two norms, four matrices, and the optional head norms and bias."""
+    return 6 + (2 if model.qk_norm else 0) + (1 if model.qkv_bias else 0)
+
+
+def _gathered_arrays(model: ModelConfig) -> int:
+    """Matrices that each layer gathers for itself, and those outside the layers."""
+    return 4 * model.num_layers + (1 if model.tied_embeddings else 2)
+
+
+def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
+    return PhaseCost(
+        phase=phase,
+        flops=work.flops,
+        hbm_bytes=work.hbm_bytes,
+        streamed_bytes=work.streamed_bytes,
+        link_bytes=work.link_bytes,
+        launches=work.launches,
+        collectives=work.collectives,
+        dispatches=dispatches,
+        dtype=layout.compute_dtype,
+    )
+
+
+def _scoring(
+    model: ModelConfig, layout: Layout, row_tokens: int, rows: int, chunk_tokens: int
+) -> Work:
+    local = ceil_div(rows, layout.row_shards)
+    part = shard(model, layout)
+    work = _embed(local * row_tokens, part, layout)
+    work += _layer(model, part, layout, local, row_tokens).times(model.num_layers)
+    work += _scored_head(local, row_tokens, part, layout, chunk_tokens)
+    return work + _compute_weights(model, layout, gathers=1)
+
+
+def _layer(
+    model: ModelConfig, part: Shard, layout: Layout, rows: int, tokens: int, cached: int = 0
+) -> Work:
+    """One layer forward on [rows, tokens]; against `cached` keys each, or within the rows when 0."""
+    e, m = layout.compute_bytes, rows * tokens
+    halves = 2 if model.gated_mlp else 1
+    work = passes(2 * m * part.width, e, 2)  # RMSNorm: mean square, scale
+    work += product(m, part.width, part.query + 2 * part.kv, e)
+    rotated = 2 * m * (part.query + part.kv)
+    work += passes(rotated * (2 if model.qk_norm else 1), e, 4 if model.qk_norm else 2)
+    if cached:
+        work += _cached_attention(part, layout, rows, cached)
+    else:
+        work += _packed_attention(part, layout, rows, tokens)
+    work += product(m, part.query, part.width, e) + all_reduce(e * m * part.width, layout.tensor)
+    work += passes(5 * m * part.width, e, 3)  # residual sum, RMSNorm
+    work += product(m, part.width, halves * part.ffw, e)
+    work += passes((halves + 1) * m * part.ffw, e)
+    work += product(m, part.ffw, part.width, e) + all_reduce(e * m * part.width, layout.tensor)
+    return work + passes(3 * m * part.width, e)  # residual sum
+
+
+def _packed_attention(part: Shard, layout: Layout, rows: int, tokens: int) -> Work:
+    """Scores and mix, 4 B T T N' H flops; the float32 scores pass through memory five times."""
+    e, scores = layout.compute_bytes, rows * part.heads * tokens * tokens
+    dot = Work(
+        flops=2.0 * scores * part.query / part.heads,
+        hbm_bytes=float(e * rows * tokens * (part.query + part.kv) + FLOAT32_BYTES * scores),
+        launches=1,
+    )
+    return dot.times(2) + passes(3 * scores, FLOAT32_BYTES, 3)
+
+
+def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work:
+    """One query per row: 4 B S N' H flops, bound by reading the keys and values whatever B is."""
+    scores = rows * part.heads * keys
+    read = Work(
+        flops=4.0 * scores * part.query / part.heads,
+        hbm_bytes=float(2 * layout.kv_bytes * rows * keys * part.kv),
+        launches=4,
+    )
+    write = passes(2 * rows * part.kv, layout.kv_bytes, 2)
+    return streaming(read) + write + passes(4 * scores, FLOAT32_BYTES, 2)
+
+
+def _embed(tokens: int, part: Shard, layout: Layout) -> Work:
+    """Rows of the embedding; where the vocabulary is split, the parts are summed."""
+    e = layout.compute_bytes
+    return passes(2 * tokens * part.width, e) + all_reduce(
+        e * tokens * part.width, part.vocab_shards
+    )
+
+
+def _head(tokens: int, part: Shard, layout: Layout) -> Work:
+    """Final norm and logits."""
+    work = product(tokens, part.width, part.vocab, layout.compute_bytes)
+    return work + passes(2 * tokens * part.width, layout.compute_bytes, 2)
+
+
+def _scored_head(
+    rows: int, row_tokens: int, part: Shard, layout: Layout, chunk_tokens: int
+) -> Work:
+    """Head, log-sum-exp, entropy and the target's logit on [rows, row_tokens], padded to chunks.
+
+    Chunks run along the row: C = ceil(T / max(1, chunk // B)) of ceil(T / C) tokens each.
+    """
+    chunks = ceil_div(row_tokens, max(1, chunk_tokens // rows))
+    tokens = rows * ceil_div(row_tokens, chunks)
+    once = _head(tokens, part, layout) + passes(3 * tokens * part.vocab, FLOAT32_BYTES, 4)
+    once += all_reduce(3 * FLOAT32_BYTES * tokens, part.vocab_shards)
+    return once.times(chunks)
+
+
+def _sample(rows: int, model: ModelConfig, part: Shard) -> Work:
+    """Noise, log-softmax and argmax over all logits of each row."""
+    gathered = all_gather(FLOAT32_BYTES * rows * model.vocab_size, part.vocab_shards)
+    return passes(4 * rows * model.vocab_size, FLOAT32_BYTES, 8) + gathered
+
+
+def _compute_weights(model: ModelConfig, layout: Layout, gathers: int) -> Work:
+    """Cast of stored parameters to the compute type and gathering over fsdp, `gathers` times."""
+    cast = Work()
+    if layout.param_dtype != layout.compute_dtype:
+        both = layout.param_bytes + layout.compute_bytes
+        cast = passes(held_parameters(model, layout), both, num_arrays(model))
+    gathered = model.num_parameters / layout.tensor * layout.compute_bytes
+    return (cast + all_gather(gathered, layout.fsdp, _gathered_arrays(model))).times(gathers)
+
+
+def _sum_gradients(model: ModelConfig, layout: Layout) -> Work:
+    """Float32 gradients summed over the row shards and into the accumulator, per micro-batch."""
+    whole, arrays = model.num_parameters / layout.tensor * FLOAT32_BYTES, _gathered_arrays(model)
+    work = reduce_scatter(whole, layout.fsdp, arrays)
+    work += all_reduce(whole / layout.fsdp, layout.data, arrays)
+    return work + passes(3 * held_parameters(model, layout), FLOAT32_BYTES, num_arrays(model))

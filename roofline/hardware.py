@@ -1,0 +1,178 @@
+"""What one device can do: peaks, fixed times, and what share of the peaks programs reach. Standard
+library only.
+
+A `Hardware` comes from a datasheet (`datasheet("h200")`) or from `roofline.calibrate`, which
+measures the machine it runs on. Peaks bound a phase from below; efficiencies and fixed times turn
+the bound into an expectation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from roofline.phases import Phase
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1,
+}  # fmt: skip
+"""Bytes of one value, by dtype name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Efficiency:
+    """Share of each peak that real programs reach, each in (0, 1]."""
+
+    compute: float = 1.0
+    """Matrix products, of the dense peak."""
+    memory: float = 1.0
+    """Memory traffic, of the memory bandwidth."""
+    link: float = 1.0
+    """Collectives and copies, of the link bandwidth."""
+    kernel_s: float | None = None
+    """Fixed time per kernel [s] where a phase differs from `Hardware.kernel_s`; None: it does not.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are not shares."""
+        for name in ("compute", "memory", "link"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise ValueError(
+                    f"efficiency {name}={value} must lie in (0, 1]: it is a share of a peak"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One device and its links. Rates are per device; times in seconds."""
+
+    name: str
+    peak_flops_per_s: Mapping[str, float]
+    """Dense matrix peak by dtype name; float32 is what XLA runs by default (TF32 on tensor cores).
+    """
+    hbm_bytes: float
+    """Device memory [bytes]; simulated devices: their share of the host's."""
+    hbm_bytes_per_s: float
+    """Peak memory bandwidth [bytes/s]."""
+    link_bytes_per_s: float
+    """Egress of one device to its peers, one direction [bytes/s]."""
+    dispatch_s: float
+    """Host time to start one compiled program from Python [s]."""
+    kernel_s: float
+    """Fixed time of one kernel inside a program [s]."""
+    link_latency_s: float = 0.0
+    """Fixed time of one collective or copy between devices [s]."""
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    """Shares of the peaks for phases that `phase_efficiency` does not name."""
+    phase_efficiency: Mapping[str, Efficiency] = field(default_factory=dict)
+    """Shares by phase (`Phase` value), where calibration measured that phase."""
+    devices_share_cores: bool = False
+    """True for simulated devices: all of them compute on the same cores."""
+    contention: float = 1.0
+    """How many times longer a phase takes while another lane computes all along; 1 on real
+    accelerators."""
+    calibrated: bool = False
+    """True when measured here, False when read from a datasheet."""
+    source: tuple[str, ...] = ()
+    """Where the numbers come from."""
+    date: str = ""
+    """Day of the calibration or of the datasheet reading, ISO 8601."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Software the calibration ran on: jax, jaxlib, python, device kind."""
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    """Calibration's own check: predicted / measured on shapes it did not fit, by phase and shape.
+    """
+
+    def __post_init__(self) -> None:
+        """Refuse rates and times that no device has."""
+        positive = {
+            "hbm_bytes": self.hbm_bytes,
+            "hbm_bytes_per_s": self.hbm_bytes_per_s,
+            "link_bytes_per_s": self.link_bytes_per_s,
+            **{f"peak_flops_per_s[{k}]": v for k, v in self.peak_flops_per_s.items()},
+        }
+        for name, value in positive.items():
+            if not value > 0:
+                raise ValueError(f"hardware {self.name!r}: {name}={value} must be greater than 0")
+        for name in ("dispatch_s", "kernel_s", "link_latency_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"hardware {self.name!r}: {name}={getattr(self, name)} must be >= 0"
+                )
+        if self.contention < 1:
+            raise ValueError(
+                f"hardware {self.name!r}: contention={self.contention} must be at least 1, "
+                "which means that lanes do not disturb each other"
+            )
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak for matrix products in `dtype` [FLOP/s]."""
+        if dtype not in self.peak_flops_per_s:
+            known = ", ".join(sorted(self.peak_flops_per_s))
+            raise ValueError(
+                f"hardware {self.name!r} has no peak for dtype {dtype!r}; it has {known}"
+            )
+        return self.peak_flops_per_s[dtype]
+
+    def efficiency_of(self, phase: Phase) -> Efficiency:
+        """Shares of the peaks for this phase, or the general ones where the phase was not measured."""
+        return self.phase_efficiency.get(phase.value, self.efficiency)
+
+    def critical_intensity(self, dtype: str) -> float:
+        """Flops per byte at which memory stops binding: peak / bandwidth (scaling book,
+        roofline chapter)."""
+        return self.peak(dtype) / self.hbm_bytes_per_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dictionary; `from_json` reads it back unchanged."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, through a temporary file so that a reader never sees half of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Hardware:
+        """Read `to_json`'s dictionary; a missing or unknown field is an error that names it."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        required = {
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        missing = sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(
+                f"not a hardware description: unknown fields {unknown}, missing fields {missing}; "
+                "write one with `python -m roofline.calibrate --out FILE`"
+            )
+        fields = dict(values)
+        fields["efficiency"] = Efficiency(**fields.get("efficiency", {}))
+        fields["phase_efficiency"] = {
+            phase: Efficiency(**shares)
+            for phase, shares in fields.get("phase_efficiency", {}).items()
+        }
+        fields["source"] = tuple(fields.get("source", ()))
+        return cls(**fields)
+
+    @classmethod
+    def load(cls, path: Path) -> Hardware:
+        """Read a JSON file written by `save`."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not JSON ({error}); delete it and calibrate again"
+            ) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds {type(values).__name__}, not one JSON object")
+        return cls.from_json(values)

@@ -1,0 +1,85 @@
+"""Which machine this is, and where its calibration is kept. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.config import ModelConfig
+from roofline.cost import Remat
+
+FORMAT = 1
+"""Raised when what a stored calibration means changes; older files are then not found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Shapes of one run that calibration measures at, per device."""
+
+    slots: int = 128
+    """Sequences decoded at once."""
+    kv_len: int = 32
+    """Cached tokens that a decode step reads."""
+    chunk_steps: int = 8
+    """Decode steps per program."""
+    rows: int = 64
+    """Packed rows of a micro-batch."""
+    row_tokens: int = 64
+    """Length of a packed row [tokens]."""
+    chunk_tokens: int = 4096
+    """Tokens whose logits exist at once."""
+    dtype: str = "float32"
+    """Type of the matrix products, of the cache and of the rollout's weights."""
+    remat: Remat = "none"
+    """What backward recomputes."""
+
+
+def processor() -> str:
+    """Name and number of the processors this process may use."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name} x {usable_cores()}"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def host_memory_bytes() -> int:
+    """Physical memory of the host [bytes]."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_file(
+    model: ModelConfig | None, workload: Workload, versions: Mapping[str, str], devices: int
+) -> Path:
+    """Where the calibration for this machine, software, model and workload is kept.
+
+    Under $XDG_CACHE_HOME/jaxrl/calibration, or ~/.cache/jaxrl/calibration.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    key = {
+        "format": FORMAT,
+        "host": platform.node(),
+        "processor": processor(),
+        "versions": dict(versions),
+        "devices": devices,
+        "model": None if model is None else dataclasses.asdict(model),
+        "workload": dataclasses.asdict(workload),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(base) / "jaxrl" / "calibration" / f"{digest}.json"

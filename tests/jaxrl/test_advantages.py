@@ -1,0 +1,107 @@
+"""Advantages: published values, sums, zero groups, scales."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from jaxrl.algorithms.advantages import group_advantages, zero_variance
+
+PAPER_ATOL = 1e-3  # the reference values are given to four digits
+ROUNDING = 1e-9  # float64 sums of a few rewards of size 100
+
+MAGISTRAL = np.array([[1.0, 0.1, 0.1, 0.1], [1.0, 1.0, 0.1, 0.0]])
+
+rewards_of_groups = arrays(
+    np.float64,
+    st.tuples(st.integers(1, 5), st.integers(2, 6)),
+    elements=st.floats(-100, 100, width=32),
+)
+deterministic = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+@pytest.mark.parametrize(
+    ("scale", "baseline", "ddof", "expected"),
+    [
+        ("group_std", "mean", 1, [1.499997, -0.499999, -0.499999, -0.499999]),
+        ("group_std", "mean", 0, [1.732047, -0.577349, -0.577349, -0.577349]),
+        ("none", "mean", 1, [0.75, -0.25, -0.25, -0.25]),
+        ("none", "leave_one_out", 1, [1.0, -1 / 3, -1 / 3, -1 / 3]),
+    ],
+)
+def test_one_success_in_four_gives_the_published_advantages(scale, baseline, ddof, expected):
+    got = group_advantages(
+        np.array([[1.0, 0, 0, 0]]), baseline=baseline, scale=scale, eps=1e-6, ddof=ddof
+    )
+    np.testing.assert_allclose(got, [expected], atol=1e-6)
+
+
+def test_batch_std_gives_magistrals_values():
+    got = group_advantages(MAGISTRAL, scale="batch_std", ddof=0, eps=0.0)
+    expected = [[1.551, -0.517, -0.517, -0.517], [1.092, 1.092, -0.977, -1.206]]
+    np.testing.assert_allclose(got, expected, atol=PAPER_ATOL)
+
+
+@pytest.mark.parametrize(("ddof", "std"), [(0, 0.435172), (1, 0.465219)])
+def test_batch_std_divides_by_the_stated_count(ddof, std):
+    plain = group_advantages(MAGISTRAL, scale="none")
+    scaled = group_advantages(MAGISTRAL, scale="batch_std", ddof=ddof, eps=0.0)
+    np.testing.assert_allclose(plain / scaled, std, atol=1e-6)
+
+
+def test_groups_without_signal_do_not_enter_the_batch_std():
+    padded = np.concatenate([MAGISTRAL, np.ones((5, 4)), np.zeros((3, 4))])
+    got = group_advantages(padded, scale="batch_std")
+    np.testing.assert_array_equal(got[:2], group_advantages(MAGISTRAL, scale="batch_std"))
+    np.testing.assert_array_equal(got[2:], 0.0)
+
+
+@pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_equal_rewards_give_exactly_zero(scale, baseline):
+    rewards = np.array([[0.1] * 3, [0.7] * 3, [1e8] * 3])  # 0.1 * 3 / 3 != 0.1 in floating point
+    got = group_advantages(rewards, baseline=baseline, scale=scale)
+    assert (got == 0).all()
+    assert zero_variance(rewards).all()
+
+
+def test_a_group_of_one_carries_no_signal():
+    assert (group_advantages(np.array([[3.0], [4.0]]), baseline="leave_one_out") == 0).all()
+
+
+@pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@deterministic
+@given(rewards=rewards_of_groups)
+def test_advantages_of_a_group_sum_to_zero(rewards, scale, baseline):
+    got = group_advantages(rewards, baseline=baseline, scale=scale)
+    size = np.abs(got).max(initial=1.0)
+    np.testing.assert_allclose(got.sum(axis=1) / size, 0.0, atol=ROUNDING)
+
+
+@deterministic
+@given(rewards=rewards_of_groups)
+def test_better_samples_of_a_group_never_get_a_smaller_advantage(rewards):
+    got = group_advantages(rewards)
+    order = np.argsort(rewards, axis=1)
+    assert (np.diff(np.take_along_axis(got, order, axis=1), axis=1) >= 0).all()
+
+
+@deterministic
+@given(rewards=rewards_of_groups)
+def test_leave_one_out_is_the_reward_minus_the_mean_of_the_others(rewards):
+    size = rewards.shape[1]
+    others = (rewards.sum(axis=1, keepdims=True) - rewards) / (size - 1)
+    got = group_advantages(rewards, baseline="leave_one_out", scale="none")
+    np.testing.assert_allclose(got, rewards - others, atol=ROUNDING * 100)
+
+
+def test_a_reward_that_is_not_finite_is_refused_with_its_group():
+    with pytest.raises(ValueError, match=r"groups \[1\] are not finite"):
+        group_advantages(np.array([[0.0, 1.0], [np.nan, 1.0]]))
+
+
+def test_rewards_without_a_group_dimension_are_refused():
+    with pytest.raises(ValueError, match="samples per prompt"):
+        group_advantages(np.array([0.0, 1.0]))

@@ -1,0 +1,186 @@
+"""Predicted flops, bytes and arrays against what the model's own programs and arrays contain."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from models.cache import init_cache
+from models.config import ModelConfig
+from models.decoder import (
+    abstract_decoder,
+    decode_step,
+    hidden_states,
+    num_parameters,
+    prefill,
+)
+from models.head import head_logits, target_logprobs
+from models.sharding import make_mesh, policy_shardings
+from roofline import cost
+from roofline.kernels import Layout
+from roofline.memory import kv_cache_bytes, memory_per_device
+
+TINY = ModelConfig(
+    vocab_size=23, width=32, num_layers=3, num_heads=4, num_kv_heads=2, head_size=10, ffw_size=56
+)
+QWEN3_LIKE = ModelConfig(
+    vocab_size=64,
+    width=48,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=2,
+    head_size=16,
+    ffw_size=40,
+    qk_norm=True,
+    tied_embeddings=False,
+)
+QWEN2_LIKE = ModelConfig(
+    vocab_size=40,
+    width=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=8,
+    ffw_size=24,
+    qkv_bias=True,
+    gated_mlp=False,
+)
+MODELS = [TINY, QWEN3_LIKE, QWEN2_LIKE]
+
+
+def dot_flops(jaxpr: Any, times: int = 1) -> int:
+    """2 * product of all dimensions of every dot_general, loop bodies times their trip count."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (left, _), (batch, _) = equation.params["dimension_numbers"]
+            l, r = (v.aval.shape for v in equation.invars[:2])
+            inner = math.prod(l[i] for i in left)
+            shared = math.prod(l[i] for i in batch)
+            rows, columns = math.prod(l) // (inner * shared), math.prod(r) // (inner * shared)
+            total += times * 2 * shared * rows * columns * inner
+        elif name == "scan":
+            total += dot_flops(equation.params["jaxpr"].jaxpr, times * equation.params["length"])
+        else:
+            assert name not in ("while", "cond"), f"trip count of {name} is unknown"
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        total += dot_flops(inner, times)
+    return total
+
+
+def flops_of(function: Any, *args: Any) -> int:
+    return dot_flops(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def packed(rows: int, tokens: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return (jax.ShapeDtypeStruct((rows, tokens), jnp.int32),) * 4
+
+
+def logprob_sum(policy: Any, tokens: Any, positions: Any, segments: Any, targets: Any, **how: Any):
+    hidden = hidden_states(
+        policy, tokens, positions, segments, dtype=jnp.float32, remat=how["remat"]
+    )
+    logprobs, entropy = target_logprobs(
+        policy,
+        hidden,
+        targets,
+        temperature=1.0,
+        chunk_tokens=how["chunk_tokens"],
+        dtype=jnp.float32,
+    )
+    return jnp.sum(logprobs) + jnp.sum(entropy)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("rows", "tokens", "chunk"), [(4, 16, 4096), (3, 17, 12), (2, 5, 1)])
+def test_score_flops_equal_the_forward_program(
+    model: ModelConfig, rows: int, tokens: int, chunk: int
+) -> None:
+    program = partial(logprob_sum, remat=False, chunk_tokens=chunk)
+    expected = flops_of(program, abstract_decoder(model), *packed(rows, tokens))
+    assert cost.score(model, Layout(), tokens, rows, chunk_tokens=chunk).flops == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("remat", ["none", "block"])
+@pytest.mark.parametrize(("rows", "tokens", "chunk"), [(4, 16, 4096), (3, 17, 12)])
+def test_train_flops_equal_the_differentiated_program(
+    model: ModelConfig, remat: cost.Remat, rows: int, tokens: int, chunk: int
+) -> None:
+    program = jax.grad(partial(logprob_sum, remat=remat == "block", chunk_tokens=chunk))
+    expected = flops_of(program, abstract_decoder(model), *packed(rows, tokens))
+    predicted = cost.train(model, Layout(), tokens, rows, remat=remat, chunk_tokens=chunk)
+    assert predicted.flops == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_prefill_flops_equal_the_prefill_program(model: ModelConfig) -> None:
+    tokens = jax.ShapeDtypeStruct((3, 11), jnp.int32)
+    expected = flops_of(partial(prefill, dtype=jnp.float32), abstract_decoder(model), tokens)
+    assert cost.prefill(model, Layout(), rows=3, tokens=11).flops == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("kv_len", [8, 24])
+def test_decode_flops_equal_the_step_and_its_attention(model: ModelConfig, kv_len: int) -> None:
+    slots, steps = 5, 4
+
+    def step(policy: Any, cache: Any, tokens: Any, positions: Any) -> Any:
+        hidden, cache = decode_step(
+            policy, cache, tokens, positions, dtype=jnp.float32, kv_limit=kv_len
+        )
+        return head_logits(policy, hidden, dtype=jnp.float32), cache
+
+    cache = jax.eval_shape(partial(init_cache, model, slots, 24, jnp.float32))
+    of_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    products = flops_of(step, abstract_decoder(model), cache, of_slots, of_slots)
+    # attention over the cache is written as multiply and reduce, which the walker does not see
+    attention = 4 * model.num_layers * slots * kv_len * model.num_heads * model.head_size
+    predicted = cost.decode(model, Layout(), slots=slots, kv_len=kv_len, steps=steps)
+    assert predicted.flops == steps * (products + attention)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameter_counts_equal_the_tree(model: ModelConfig) -> None:
+    policy = abstract_decoder(model)
+    assert model.num_parameters == num_parameters(policy)
+    assert cost.num_arrays(model) == len(jax.tree.leaves(policy))
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2)])
+@pytest.mark.parametrize("model", MODELS)
+def test_held_parameters_equal_one_devices_shards(
+    model: ModelConfig, data: int, fsdp: int, tensor: int
+) -> None:
+    mesh = make_mesh(jax.devices(), data=data, fsdp=fsdp, tensor=tensor) if (
+        data * fsdp * tensor == 8
+    ) else make_mesh(jax.devices()[:1])
+    layout = Layout(**dict(zip(("data", "fsdp", "tensor"), mesh.devices.shape, strict=True)))
+    shapes = jax.tree.map(
+        lambda array, sharding: math.prod(sharding.shard_shape(array.shape)),
+        abstract_decoder(model),
+        policy_shardings(model, mesh),
+    )
+    held = sum(jax.tree.leaves(shapes))
+    assert cost.held_parameters(model, layout) == held
+    memory = memory_per_device(model, layout, trains=True, rows=8, row_tokens=4)
+    assert memory["parameters"] == 4 * held
+    assert memory["optimizer"] == 8 * held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_cache_bytes_equal_the_arrays(dtype: str) -> None:
+    cache = jax.eval_shape(partial(init_cache, QWEN3_LIKE, 6, 20, jnp.dtype(dtype)))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    layout = Layout(kv_dtype=dtype)
+    assert kv_cache_bytes(QWEN3_LIKE, layout, slots=6, max_len=20) == held
+    assert 6 * 20 * QWEN3_LIKE.kv_bytes_per_token(layout.kv_bytes) == held
