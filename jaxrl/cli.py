@@ -204,8 +204,11 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def config_yaml(config: Config) -> str:
-    """The YAML text of `config`, every field written out, in the order of the dataclasses."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    """The YAML text of `config`, every field written out, in the order of the dataclasses.
+
+    Characters beyond ASCII are escaped: PyYAML would fold some, such as U+0085, into spaces.
+    """
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def _plain(value: object) -> object:

@@ -1,6 +1,4 @@
-"""The stream of prompts: every problem once per epoch in a shuffled order, resumable to the exact
-prompt.
-"""
+"""The stream of prompts: each problem once per epoch, in shuffled order, resumable exactly."""
 
 from __future__ import annotations
 
@@ -42,15 +40,23 @@ class PromptStream:
         order = grain.MapDataset.source(range(len(problems))).seed(seed).shuffle().repeat()
         # A map dataset's own iterator reads ahead in 16 threads.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        self._shuffled = order
         self._order = iter(order.to_iter_dataset(options))
         self._index = 0
 
     def next(self) -> Prompt:
         """The next prompt; `index` counts from 0 over the whole run."""
-        at = next(self._order)
-        prompt = Prompt(index=self._index, problem=self._problems[at], tokens=self._tokens[at])
+        prompt = self._prompt(self._index, next(self._order))
         self._index += 1
         return prompt
+
+    def at(self, index: int) -> Prompt:
+        """The prompt at position `index`, whatever was drawn before."""
+        return self._prompt(index, self._shuffled[index])
+
+    def _prompt(self, index: int, at: int | None) -> Prompt:
+        assert at is not None  # only filters, of which there are none, make gaps
+        return Prompt(index=index, problem=self._problems[at], tokens=self._tokens[at])
 
     def state(self) -> dict[str, Any]:
         """The position, JSON-able: `restore` makes any equal stream go on from here."""
@@ -61,9 +67,7 @@ class PromptStream:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position. Raises: UserError if it belongs to other problems or another
-        seed.
-        """
+        """Go on from a saved position. Raises: UserError if it is of other problems or seed."""
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
                 "the checkpoint's prompt position belongs to other problems or another seed than "

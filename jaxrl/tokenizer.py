@@ -54,9 +54,7 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token per character of an alphabet: 0 pad, 1 stop, then the characters in code point
-    order.
-    """
+    """One token per character of an alphabet: 0 pad, 1 stop, then the characters by code point."""
 
     name = "characters"
     bos_id = None
@@ -88,9 +86,7 @@ class CharTokenizer:
             ) from error
 
     def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
-        """The characters; `continues` changes nothing. Raises: ValueError for an id outside the
-        vocabulary.
-        """
+        """The characters; `continues` changes nothing. Raises: ValueError for an id beyond V."""
         del continues
         characters = []
         for i in ids:

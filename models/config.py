@@ -56,9 +56,13 @@ class ModelConfig:
                 f"use one of {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]} kv heads"
             )
         if self.head_size % 2:
-            raise ValueError(f"head_size={self.head_size} is odd; RoPE rotates pairs, use an even size")
+            raise ValueError(
+                f"head_size={self.head_size} is odd; RoPE rotates pairs, use an even size"
+            )
         if any(not 0 <= i < self.num_layers for i in self.no_rope_layers):
-            raise ValueError(f"no_rope_layers={self.no_rope_layers} must lie in 0..{self.num_layers - 1}")
+            raise ValueError(
+                f"no_rope_layers={self.no_rope_layers} must lie in 0..{self.num_layers - 1}"
+            )
 
     @property
     def layer_parameters(self) -> int:

@@ -17,7 +17,7 @@ from flax import nnx
 
 from models import layers as block
 from models.activations import constrain_rows
-from models.cache import KVCache
+from models.cache import KEY_BLOCK, KVCache, block_keys, narrow, widen, write_token
 from models.config import ModelConfig
 from models.embedding import embed
 from models.parameters import Parameter, outer_table, stacked_layer_table
@@ -37,7 +37,9 @@ class Layers(nnx.Module):
     k_norm: jax.Array | None = nnx.data()  # [L, H]
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: Any) -> None:
-        _fill(self, stacked_layer_table(config), key, dtype, optional=("qkv_bias", "q_norm", "k_norm"))
+        _fill(
+            self, stacked_layer_table(config), key, dtype, optional=("qkv_bias", "q_norm", "k_norm")
+        )
 
 
 class Decoder(nnx.Module):
@@ -96,11 +98,11 @@ def hidden_states(
     """
     config = policy.config
     mask = block.packed_mask(segment_ids)
-    tables = block.rope_tables(positions, config.head_size, config.rope_theta)
+    tables = block.rope_tables(positions, tokens.shape[1], config.head_size, config.rope_theta)
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
         layer, rope_on = xs
-        q, k, v = _project(layer, config, x, tables, rope_on)
+        q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         x = x + _attention_out(layer, block.packed_attention(q, k, v, mask))
         return constrain_rows(x + _mlp(layer, config, x)), None
 
@@ -112,21 +114,23 @@ def hidden_states(
 
 
 def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys [L, P, K, H, T] and values [L, P, K, T, H] of right-padded prompts tokens [P, T].
+    """Keys and values of right-padded prompts tokens [P, T], stacked over L, in the layout of the cache.
 
-    Attention is causal, so what stands right of a prompt cannot reach it.
+    keys [L, P, K, T'/KEY_BLOCK, H, KEY_BLOCK] with T rounded up to T', values [L, P, K, T, H]. Attention is causal, so what stands right of a prompt cannot reach it.
     """
     config = policy.config
     tokens_of_row = jnp.arange(tokens.shape[1])
     mask = (tokens_of_row[:, None] >= tokens_of_row[None, :])[None]
-    tables = block.rope_tables(tokens_of_row[None], config.head_size, config.rope_theta)
+    tables = block.rope_tables(
+        tokens_of_row[None], tokens.shape[1], config.head_size, config.rope_theta
+    )
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]):
         layer, rope_on = xs
-        q, k, v = _project(layer, config, x, tables, rope_on)
+        q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         x = x + _attention_out(layer, block.packed_attention(q, k, v, mask))
         x = constrain_rows(x + _mlp(layer, config, x))
-        return x, (k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+        return x, (block_keys(k), v.transpose(0, 2, 1, 3))
 
     x = constrain_rows(embed(policy.embedding, tokens).astype(dtype))
     _, (keys, values) = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
@@ -134,13 +138,19 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
 
 
 def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any) -> KVCache:
-    """The cache with the keys and values of every slot's first T tokens [B, T] made anew by `policy`."""
-    keys, values = prefill(policy, tokens, dtype=dtype)
+    """The cache with the keys and values of every slot's first T tokens [B, T] made anew by `policy`.
+
+    T is a multiple of `models.cache.KEY_BLOCK`, or S. What stands past T stays as it is.
+    """
     length = tokens.shape[1]
-    return KVCache(
-        keys=cache.keys.at[..., :length].set(keys.astype(cache.keys.dtype)),
-        values=cache.values.at[..., :length, :].set(values.astype(cache.values.dtype)),
+    if length % KEY_BLOCK and length != cache.max_tokens:
+        raise ValueError(f"recompute of {length} tokens: use a multiple of {KEY_BLOCK}")
+    keys, values = prefill(policy, tokens, dtype=dtype)
+    dtype_of_cache = cache.values[0].dtype
+    fresh = KVCache(
+        keys=tuple(keys.astype(dtype_of_cache)), values=tuple(values.astype(dtype_of_cache))
     )
+    return widen(fresh, cache)
 
 
 def decode_step(
@@ -155,41 +165,31 @@ def decode_step(
     """Hidden states [B, D] after one more token per slot, and the cache that holds its key and value.
 
     tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. kv_limit (static; None: S) is how many
-    keys are read: the caller vouches that every live slot's position is below it.
+    keys are read: the caller vouches that every live slot's position is below it. It costs a copy in each step;
+    in a loop, `models.cache.narrow` before and `widen` after is cheaper. Layers are unrolled: a scan would copy
+    each layer's weights and cache in every step.
     """
+    if kv_limit is not None and kv_limit < cache.max_tokens:
+        part = narrow(cache, kv_limit)
+        hidden, part = decode_step(policy, part, tokens, positions, dtype=dtype)
+        return hidden, widen(part, cache)
     config = policy.config
-    limit = cache.max_tokens if kv_limit is None else min(kv_limit, cache.max_tokens)
-    tables = block.rope_tables(positions[:, None], config.head_size, config.rope_theta)
-    slots = jnp.arange(tokens.shape[0])
-
-    def attend(carry: tuple[jax.Array, jax.Array, jax.Array], xs: tuple[Any, ...]):
-        x, keys, values = carry
-        index, layer, rope_on = xs
-        q, k, v = _project(layer, config, x, tables, rope_on)
-        keys = keys.at[index, slots, :, :, positions].set(k[:, 0].astype(keys.dtype))
-        values = values.at[index, slots, :, positions].set(v[:, 0].astype(values.dtype))
-        out = block.cached_attention(
-            q[:, 0],
-            _layer_prefix(keys, index, 4, limit),
-            _layer_prefix(values, index, 3, limit),
-            positions,
-        )
-        x = x + _attention_out(layer, out[:, None])
-        return (constrain_rows(x + _mlp(layer, config, x)), keys, values), None
-
+    tables = block.rope_tables(
+        positions[:, None], cache.max_tokens, config.head_size, config.rope_theta
+    )
     x = constrain_rows(embed(policy.embedding, tokens[:, None]).astype(dtype))
-    xs = (jnp.arange(config.num_layers), policy.layers, _rope_switch(config))
-    (x, keys, values), _ = jax.lax.scan(attend, (x, cache.keys, cache.values), xs)
+    all_keys, all_values = list(cache.keys), list(cache.values)
+    for i in range(config.num_layers):
+        layer: Layers = jax.tree.map(lambda stacked, i=i: stacked[i], policy.layers)
+        q, k, v = _project(layer, config, x, None if i in config.no_rope_layers else tables)
+        all_keys[i], all_values[i] = write_token(
+            all_keys[i], all_values[i], k[:, 0], v[:, 0], positions
+        )
+        heads = block.cached_attention(q[:, 0], all_keys[i], all_values[i], positions)
+        x = x + _attention_out(layer, heads[:, None])
+        x = constrain_rows(x + _mlp(layer, config, x))
     hidden = block.rms_norm(x[:, 0], policy.final_norm, config.norm_eps)
-    return hidden, KVCache(keys=keys, values=values)
-
-
-def _layer_prefix(stacked: jax.Array, layer: jax.Array, dim: int, limit: int) -> jax.Array:
-    """Layer `layer` of a stacked cache, cut to the first `limit` entries of `dim`."""
-    sizes = [1, *stacked.shape[1:]]
-    sizes[dim] = limit
-    zero = jnp.zeros((), layer.dtype)
-    return jax.lax.dynamic_slice(stacked, (layer, zero, zero, zero, zero), sizes)[0]
+    return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))
 
 
 def _rope_switch(config: ModelConfig) -> jax.Array | None:
@@ -199,14 +199,23 @@ def _rope_switch(config: ModelConfig) -> jax.Array | None:
     return jnp.array([i not in config.no_rope_layers for i in range(config.num_layers)])
 
 
+def _switched(
+    tables: tuple[jax.Array, jax.Array], rope_on: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """The rotary tables where the scalar rope_on is True, the identity rotation elsewhere."""
+    if rope_on is None:
+        return tables
+    cos, sin = tables
+    return jnp.where(rope_on, cos, 1.0), jnp.where(rope_on, sin, 0.0)
+
+
 def _project(
     layer: Layers,
     config: ModelConfig,
     x: jax.Array,
-    tables: tuple[jax.Array, jax.Array],
-    rope_on: jax.Array | None,
+    tables: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, K, G, H], k and v [B, T, K, H] of x [B, T, D]; tables [B or 1, T, H/2]."""
+    """q [B, T, K, G, H], k and v [B, T, K, H] of x [B, T, D]; tables [B or 1, T, H/2], None: no rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
         qkv = jnp.einsum("btd,dkgh->btkgh", normed, layer.qkv.astype(x.dtype))
@@ -216,10 +225,9 @@ def _project(
     if layer.q_norm is not None and layer.k_norm is not None:
         q = block.rms_norm(q, layer.q_norm, config.norm_eps)
         k = block.rms_norm(k, layer.k_norm, config.norm_eps)
-    cos, sin = tables
-    if rope_on is not None:
-        cos, sin = jnp.where(rope_on, cos, 1.0), jnp.where(rope_on, sin, 0.0)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    if tables is None:
+        return q, k, v
+    cos, sin = (table[:, :, None] for table in tables)
     return block.rotate(q, cos[..., None, :], sin[..., None, :]), block.rotate(k, cos, sin), v
 
 

@@ -27,18 +27,19 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_tables(
-    positions: jax.Array, head_size: int, theta: float
+    positions: jax.Array, length: int, head_size: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [..., H/2] float32 of positions [...]; frequency i is theta^(-2i/H).
+    """Cosine and sine [..., H/2] float32 of positions [...], all below `length`; frequency i is theta^(-2i/H).
 
+    Looked up in a table of `length` rows: computed in place, the compiler repeats the cosines in every use.
     Source: arXiv:2104.09864 eq. 15, in the "rotate half" order of Hugging Face (pairs i and i + H/2).
     """
     half = head_size // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies.reshape(
-        (1,) * positions.ndim + (half,)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.take(jnp.cos(angles), positions, axis=0), jnp.take(
+        jnp.sin(angles), positions, axis=0
     )
-    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -86,16 +87,15 @@ def cached_attention(
 ) -> jax.Array:
     """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G, H].
 
-    keys [B, K, H, S] and values [B, K, S, H]. With one query the work is reading the cache, so it is
-    written as multiply and reduce over the leading one of the last two dimensions, which vectorises
-    over the last; a batched matrix product of G rows is slower on CPU (see the log of measurements).
+    keys [B, K, n, H, S/n] in n blocks and values [B, K, S, H], as `models.cache` lays them out.
     """
     with jax.named_scope("cached_attention"):
-        f32 = jnp.float32
-        q32 = q.astype(f32) * q.shape[-1] ** -0.5
-        scores = jnp.sum(q32[..., None] * keys[:, :, None].astype(f32), axis=3)  # [B, K, G, S]
-        seen = jnp.arange(keys.shape[-1])[None, :] <= positions[:, None]
+        b, k, g, h = q.shape
+        blocks, tokens = keys.shape[2], values.shape[2]
+        q = jnp.broadcast_to(q[:, :, None], (b, k, blocks, g, h))
+        scores = jnp.einsum("bkngh,bknhs->bkngs", q, keys, preferred_element_type=jnp.float32)
+        scores = scores.transpose(0, 1, 3, 2, 4).reshape(b, k, g, tokens) * h**-0.5
+        seen = jnp.arange(tokens)[None, :] <= positions[:, None]
         scores = jnp.where(seen[:, None, None, :], scores, MASKED_SCORE)
-        exponents = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
-        out = jnp.sum(exponents[..., None] * values[:, :, None].astype(f32), axis=3)
-        return (out / jnp.sum(exponents, axis=-1, keepdims=True)).astype(q.dtype)
+        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+        return jnp.einsum("bkgs,bksh->bkgh", weights, values)

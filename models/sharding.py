@@ -115,5 +115,5 @@ def cache_shardings(config: ModelConfig, mesh: Mesh) -> KVCache:
     Raises: ValueError when the tensor axis does not divide the kv heads.
     """
     heads = _mesh_axis("cache", "kv_heads", config.num_kv_heads, mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(None, ROW_AXES, heads))
-    return KVCache(keys=sharding, values=sharding)
+    layers = (NamedSharding(mesh, PartitionSpec(ROW_AXES, heads)),) * config.num_layers
+    return KVCache(keys=layers, values=layers)

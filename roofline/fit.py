@@ -1,12 +1,14 @@
 """Shares of the peaks from a few measured calls. Standard library only.
 
-Three numbers per phase explain a measured time (see `roofline.predict`): the share of the compute
-peak, the share of the memory bandwidth, and the fixed time per kernel. They are chosen to minimise
+Four numbers per phase explain a measured time (see `roofline.predict`): the shares of the compute
+peak, of the memory bandwidth and of the link, and the fixed time per kernel. They are chosen to
+minimise
 
-    sum over shapes (log predicted - log measured)^2 + PRIOR_WEIGHT * (log of each number / its prior)^2
+    sum over shapes (log predicted - log measured)^2 + PRIOR_WEIGHT * (log of each number / its
+    prior)^2
 
 where the priors are the machine's micro-benchmarks: a few shapes that scale alike cannot tell the
-three numbers apart, and what they leave open stays at the prior. Source of the form: three
+numbers apart, and what they leave open stays at the prior. Source of the form: three
 parameters per operator cut the error of a pure roofline from 29-34 % to 7-9 % on measured GPU
 matrix products.
 """
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roofline.hardware import Efficiency, Hardware
-from roofline.phases import PhaseCost
+from roofline.phases import Phase, PhaseCost
 from roofline.predict import predict
 
 PRIOR_WEIGHT = 0.003
@@ -48,13 +50,16 @@ def fit_phase(samples: Sequence[Sample], hardware: Hardware, prior: Efficiency) 
     if len(phases) != 1:
         raise ValueError(f"a fit needs samples of one phase, got {sorted(phases) or 'none'}")
     kernel_s = hardware.kernel_s if prior.kernel_s is None else prior.kernel_s
-    centre = [math.log(x) for x in (prior.compute, prior.memory, max(kernel_s, SMALLEST_KERNEL_S))]
-    lowest = [math.log(x) for x in (SMALLEST_SHARE, SMALLEST_SHARE, SMALLEST_KERNEL_S)]
-    highest = [0.0, 0.0, math.log(LARGEST_KERNEL_S)]
+    centre = [
+        math.log(x)
+        for x in (prior.compute, prior.memory, prior.link, max(kernel_s, SMALLEST_KERNEL_S))
+    ]
+    lowest = [math.log(x) for x in (*[SMALLEST_SHARE] * 3, SMALLEST_KERNEL_S)]
+    highest = [0.0, 0.0, 0.0, math.log(LARGEST_KERNEL_S)]
 
     def shares(point: Sequence[float]) -> Efficiency:
-        compute, memory, kernel = (math.exp(x) for x in point)
-        return Efficiency(compute=compute, memory=memory, link=prior.link, kernel_s=kernel)
+        compute, memory, link, kernel_s = (math.exp(x) for x in point)
+        return Efficiency(compute=compute, memory=memory, link=link, kernel_s=kernel_s)
 
     def loss(point: Sequence[float]) -> float:
         error = sum(log_error(sample, hardware, shares(point)) ** 2 for sample in samples)
@@ -82,3 +87,28 @@ def log_error(sample: Sample, hardware: Hardware, efficiency: Efficiency) -> flo
     phase = {sample.cost.phase.value: efficiency}
     there = dataclasses.replace(hardware, phase_efficiency=phase)
     return math.log(predict(sample.cost, there).expected_s / sample.measured_s)
+
+
+PRIOR_OF = {Phase.PREFILL: Phase.SCORE, Phase.REFERENCE: Phase.SCORE}
+"""Phases that start from another one's fit, because they run the same layers."""
+
+
+def fit_all(samples: Sequence[Sample], hardware: Hardware) -> dict[str, Efficiency]:
+    """Efficiency by phase of all measured phases; REFERENCE is SCORE's when it was not measured."""
+    fitted: dict[str, Efficiency] = {}
+    measured = {sample.cost.phase for sample in samples}
+    for phase in sorted(measured, key=lambda p: p in PRIOR_OF):
+        own = [sample for sample in samples if sample.cost.phase == phase]
+        prior = fitted.get(PRIOR_OF.get(phase, phase).value, hardware.efficiency)
+        fitted[phase.value] = fit_phase(own, hardware, prior)
+    if Phase.SCORE.value in fitted:
+        fitted.setdefault(Phase.REFERENCE.value, fitted[Phase.SCORE.value])
+    return fitted
+
+
+def held_out_ratios(samples: Sequence[Sample], hardware: Hardware) -> dict[str, float]:
+    """Predicted over measured of calls that were not fitted, by name."""
+    return {
+        sample.name: predict(sample.cost, hardware).expected_s / sample.measured_s
+        for sample in samples
+    }

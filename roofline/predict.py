@@ -99,11 +99,13 @@ def mbu(cost: PhaseCost, seconds: float, hardware: Hardware) -> float:
 
 
 def stretched(alone_s: float, share: float, contention: float) -> float:
-    """Seconds of a call that takes `alone_s` by itself, while others compute for `share` of its span.
+    """Seconds of a call that takes `alone_s` by itself, while others compute for `share` of its
+    span.
 
-    While another lane computes, this one advances 1 / contention seconds per second, so the span lasts M with
-    alone = M (1 - share + share / contention). `share` is a fraction of the span itself, as measured; with k other
-    lanes it may reach k, and the progress is then 1 / (1 + share (contention - 1)).
+    While another lane computes, this one advances 1 / contention seconds per second, so the span
+    lasts M with alone = M (1 - share + share / contention). `share` is a fraction of the span
+    itself, as measured; with k other lanes it may reach k, and the progress is then 1 / (1 + share
+    (contention - 1)).
     """
     if share > 1:
         return alone_s * (1 + share * (contention - 1))

@@ -74,7 +74,8 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        ValueError: no such folder, a required file is missing, or a line does not hold what it should; the message
+        ValueError: no such folder, a required file is missing, or a line does not hold what it
+        should; the message
             names the file, the line and the field.
     """
     if not folder.is_dir():
@@ -126,7 +127,8 @@ def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
 def _json_lines(
     path: Path, notes: list[str], *, required: bool = False
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects. A last line without its newline is a torn write: left out, and noted."""
+    """Line numbers and objects. A last line without its newline is a torn write: left out, and
+    noted."""
     if not path.is_file():
         if required:
             raise ValueError(f"{path} is missing; give a folder that training wrote")

@@ -72,7 +72,7 @@ class Learner:
         )
         self._apply = jax.jit(
             partial(apply_gradients, optimizer=optimizer),
-            donate_argnums=(0, 1),
+            donate_argnums=(0,),
             out_shardings=(state_shardings, scalar),
         )
         self.state = jax.jit(

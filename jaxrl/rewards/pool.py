@@ -1,5 +1,4 @@
-"""Verification in worker processes, so that neither the rollout nor the learner ever waits for a
-verifier.
+"""Verification in worker processes, so that neither rollout nor learner waits for a verifier.
 
     submit_many --> queue of chunks --> one thread per worker --pipe--> worker process
                          ^                      |
@@ -20,6 +19,7 @@ import collections
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -34,9 +34,7 @@ from jaxrl.tasks import Task, make_task
 from jaxrl.types import Problem, Reward
 
 _CHUNK_S = 0.05
-"""Expected duration of a chunk: long against the 0.1 ms of a message, short against the decoding of
-a group.
-"""
+"""Expected duration of a chunk: long against a message (0.1 ms), short against decoding a group."""
 _MOST_PER_CHUNK = 64
 _LATENCIES_KEPT = 4096
 _DEATHS = 2
@@ -51,9 +49,7 @@ class VerifierError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardStats:
-    """Counters since the start, and latencies from submission to result of the last 4096
-    submissions.
-    """
+    """Counters since the start; submission-to-result latencies of the last 4096 submissions."""
 
     queue_depth: int
     """Items submitted and not yet judged."""
@@ -115,8 +111,7 @@ class RewardPool:
     ) -> None:
         """Start the workers without waiting for them.
 
-        timeout_s: longest verification of one item, latency included [s]; not enforced with 0
-            workers.
+        timeout_s: longest verification of one item, latency included [s]; needs workers > 0.
         latency_s: added to each verification in its worker [s]; with 0 workers a timer thread adds
             it once to each submission.
         make: builds the task, here and in each worker; a function that a worker can import.
@@ -128,15 +123,15 @@ class RewardPool:
         if not 0 <= latency_s < timeout_s:
             raise UserError(
                 f"task.reward_latency_s={latency_s} must lie in [0, task.reward_timeout_s="
-                f"{timeout_s}): past the timeout every reward is 0; lower the latency or raise the timeout"
+                f"{timeout_s}): past the timeout every reward is 0; lower the latency or "
+                "raise the timeout"
             )
         self._task = make(task_config, seed)
         self._setup = Setup(make, task_config, seed, latency_s)
         self._timeout_s, self._latency_s = timeout_s, latency_s
         self._item_s = latency_s  # running mean duration of one item
         self._lock = threading.Lock()  # guards everything below
-        self._closed = False
-        self._stop = threading.Event()
+        self._stop = threading.Event()  # set once, by close
         self._depth = self._done = self._timeouts = self._retries = 0
         self._latencies_s: collections.deque[float] = collections.deque(maxlen=_LATENCIES_KEPT)
         self._open: set[_Group] = set()
@@ -176,7 +171,7 @@ class RewardPool:
         group = _Group(items=[Item(*item) for item in items])
         group.future.set_running_or_notify_cancel()
         with self._lock:
-            if self._closed:
+            if self._stop.is_set():
                 raise RuntimeError("the reward pool is closed; submit before close()")
             self._open.add(group)
             self._depth += len(items)
@@ -204,15 +199,12 @@ class RewardPool:
             )
 
     def close(self) -> None:
-        """End all processes and threads; submissions without a result get VerifierError. May be
-        repeated.
-        """
+        """End all processes and threads; submissions without a result get VerifierError."""
         with self._lock:
-            self._closed = True
+            self._stop.set()
             for process in self._processes.values():
                 process.kill()
             unfinished = list(self._open)
-        self._stop.set()
         self._late.put(None)
         for _ in self._threads:
             self._chunks.put(None)
@@ -248,16 +240,15 @@ class RewardPool:
     def _serve(self, lane: int) -> None:
         """Thread of one worker: ask it chunk after chunk, replace it when it is lost."""
         process: WorkerProcess | None = None
-        chunk: _Chunk | None = _Chunk(
-            group=_Group(items=()), indices=()
-        )  # starts the process early
+        nothing = _Group(items=())
+        chunk: _Chunk | None = _Chunk(group=nothing, indices=())  # starts the process early
         while chunk is not None and not self._stop.is_set():
             try:
                 process = process or self._start(lane)
                 self._take(chunk, process.ask(chunk.items, self._timeout_s))
             except StartError as error:
-                message = f"a verifier process of task {self._task.name} cannot start: {error}"
-                self._fail(chunk.group, VerifierError(message))
+                what = f"a verifier process of task {self._task.name} cannot start: {error}"
+                self._fail(chunk.group, VerifierError(what))
                 process = _discarded(process)
             except TimeoutError:
                 self._after_timeout(chunk)
@@ -265,13 +256,16 @@ class RewardPool:
             except (EOFError, OSError):
                 self._after_death(chunk, process.discard() if process else 0)
                 process = None
+            except Exception:  # such as an item that cannot be pickled: the thread must live on
+                self._fail(chunk.group, VerifierError(traceback.format_exc()))
+                process = _discarded(process)
             chunk = self._chunks.get()
         _discarded(process)
 
     def _start(self, lane: int) -> WorkerProcess:
         """A new process, known to `close`. Raises: StartError if there can be none."""
         with self._lock:
-            if self._closed:
+            if self._stop.is_set():
                 raise StartError("the pool is closed")
             self._processes[lane] = WorkerProcess(self._setup)
             return self._processes[lane]
@@ -313,9 +307,7 @@ class RewardPool:
         self._settle(chunk, rewards, item_s)
 
     def _settle(self, chunk: _Chunk, rewards: Sequence[Reward], item_s: float) -> None:
-        """Store rewards; resolve the group's future with its last one. Ignores groups that are
-        settled.
-        """
+        """Store rewards and resolve the group's future with the last, unless it is settled."""
         group = chunk.group
         with self._lock:
             if group not in self._open:

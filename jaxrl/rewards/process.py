@@ -23,22 +23,20 @@ class WorkerProcess:
     """One process and our end of its pipe. All methods but `kill` belong to one thread."""
 
     def __init__(self, setup: Setup) -> None:
-        """Start it, without waiting until it is ready. Raises: StartError if there can be no
-        process.
-        """
+        """Start it and do not wait. Raises: StartError if there can be no process."""
         self._pipe, theirs = Pipe()
         self._ready = False
+        self._pipe.send(setup)  # small: it waits in the pipe
         with theirs:
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM.format(theirs.fileno())],
+                    [sys.executable, "-P", "-c", _PROGRAM.format(theirs.fileno())],
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                 )
             except OSError as error:
                 raise StartError(str(error)) from error
-        self._pipe.send(setup)
 
     def ask(self, items: Sequence[Item], timeout_s: float) -> list[Verdict]:
         """Verdicts of the items, in order; starting up does not count towards timeout_s.
@@ -67,9 +65,7 @@ class WorkerProcess:
         self._ready = True
 
     def kill(self) -> None:
-        """End the process now; a thread that waits for its answer sees EOFError. Any thread may
-        call this.
-        """
+        """End the process now; a thread that waits for its answer sees EOFError."""
         self._process.kill()
 
     def discard(self) -> int:

@@ -1,5 +1,4 @@
-"""The verifier process: receives items over a pipe, answers with verdicts, ends when the pipe
-closes.
+"""The verifier process: receives items over a pipe, answers with verdicts, ends with the pipe.
 
 Started as `python -c "from jaxrl.rewards.worker import main; main(fd)"` and not through
 multiprocessing's spawn, which imports the parent's main module, and jax with it, into every worker.
@@ -20,9 +19,7 @@ from jaxrl.tasks.base import Task
 from jaxrl.types import Problem, Reward
 
 READY = "ready"
-"""First answer of a worker that could build its task; anything else is the traceback of why it
-could not.
-"""
+"""First answer of a worker that has built its task; otherwise it is a traceback."""
 
 
 class Item(NamedTuple):

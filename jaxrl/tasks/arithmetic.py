@@ -21,7 +21,7 @@ from functools import lru_cache
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
-from jaxrl.tasks.base import Split, most_problems, problem_id, shuffled, split_of, uniform
+from jaxrl.tasks.base import Split, drawable, most_problems, problem_id, shuffled, split_of, uniform
 from jaxrl.types import Problem, Reward
 
 MARKER = ";"
@@ -83,9 +83,7 @@ class ArithmeticTask:
         )
 
     def verify(self, problem: Problem, completion: str, finished: bool) -> Reward:
-        """Compare the text (with `worked`: after the one marker) with the answer; unfinished is
-        wrong.
-        """
+        """Compare the text, or what follows its one marker, with the answer; unfinished: wrong."""
         if not self._config.worked:
             correct = finished and completion == problem.answer
             return Reward(total=float(correct), parts={"correct": float(correct)}, correct=correct)
@@ -111,7 +109,7 @@ def _problems(
         return tuple(shuffled((p for p in everything if split_of(p.id) == split), seed)[:most])
     found: dict[int, Problem] = {}
     draws = _draws(digits, operators, seed)
-    while len(found) < min(most, space // 100):
+    while len(found) < min(most, drawable(space, split)):
         problem = _problem(*next(draws), digits, worked)
         if split_of(problem.id) == split:
             found[problem.id] = problem

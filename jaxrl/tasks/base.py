@@ -29,21 +29,16 @@ class Task(Protocol):
 
     @property
     def chance_rate(self) -> float:
-        """Expected pass@1 of uniform guessing over plausible answers; each task says which those
-        are.
-        """
+        """Expected pass@1 of uniform guessing over plausible answers; each task says over which."""
         ...
 
     @property
     def alphabet(self) -> str | None:
-        """Characters that a from-scratch tokenizer needs; None where a checkpoint's tokenizer is
-        required.
-        """
+        """Characters that a from-scratch tokenizer needs; None: only a checkpoint's will do."""
         ...
 
     def problems(self, split: Split) -> Sequence[Problem]:
-        """Distinct problems of a split, always the same ones in the same order for one
-        configuration and seed.
+        """Distinct problems of a split; which ones and in what order, configuration and seed say.
 
         A problem belongs to the same split under every seed and every size limit.
         """
@@ -83,13 +78,16 @@ def most_problems(config: TaskConfig, split: Split) -> int:
     return config.num_train if split == "train" else config.num_eval
 
 
+def drawable(space: int, split: Split) -> int:
+    """Problems that random draws from `space` equally likely ones find quickly: half of a split."""
+    return space * (8 if split == "train" else 1) // 20
+
+
 def shuffled(problems: Iterable[Problem], seed: int) -> list[Problem]:
     """The problems in an order that depends on the seed and on each problem alone."""
     return sorted(problems, key=lambda problem: stable_hash(f"{seed}/{problem.id}"))
 
 
 def uniform(rng: random.Random, low: int, high: int) -> int:
-    """Integer in low..high. Uses only `random()`, whose stream Python keeps the same across
-    versions.
-    """
+    """Integer in low..high, from `random()` alone: Python keeps its stream across versions."""
     return low + int(rng.random() * (high - low + 1))

@@ -11,9 +11,10 @@ and gets 0. The parser is the module's own: nothing that a model writes is ever 
 
 from __future__ import annotations
 
+import operator
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -33,12 +34,17 @@ _GUESSES = 20_000
 """
 _MOST_CHARACTERS = 200
 _MOST_DEPTH = 16
+_OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+}
 _TOKEN = re.compile(r"0|[1-9][0-9]{0,5}|[-+*/()]")
 
 
 class CountdownTask:
-    """Reward 1 for an expression that uses each number exactly once and has the target's value,
-    else 0.
+    """Reward 1 for an expression that uses each number exactly once and hits the target, else 0.
 
     Parts: `correct`; `format`, a finished expression with exactly the given numbers and some value.
     """
@@ -58,8 +64,7 @@ class CountdownTask:
 
     @property
     def chance_rate(self) -> float:
-        """Share of well-formed guesses that hit: random order, operators and brackets, each number
-        once.
+        """Share of guesses that hit: random order, operators and brackets, each number once.
 
         Estimated from 20 000 guesses on the test split, always the same ones.
         """
@@ -88,8 +93,7 @@ def given(prompt: str) -> tuple[tuple[int, ...], int]:
 
 
 def value_of(text: str, numbers: tuple[int, ...]) -> Fraction | None:
-    """Value of an expression that uses exactly `numbers` (ascending), each once; None if it is no
-    such thing.
+    """Value of an expression that uses each of `numbers` (ascending) once; None if it is none.
 
     The numbers are compared before anything is computed, so that values and work stay small.
     """
@@ -135,16 +139,14 @@ class _Parser:
 
     def _sum(self) -> Fraction:
         value = self._product()
-        while operator := self._accept("+-"):
-            other = self._product()
-            value = value + other if operator == "+" else value - other
+        while symbol := self._accept("+-"):
+            value = _OPERATIONS[symbol](value, self._product())
         return value
 
     def _product(self) -> Fraction:
         value = self._atom()
-        while operator := self._accept("*/"):
-            other = self._atom()
-            value = value * other if operator == "*" else value / other
+        while symbol := self._accept("*/"):
+            value = _OPERATIONS[symbol](value, self._atom())
         return value
 
     def _atom(self) -> Fraction:
@@ -178,11 +180,9 @@ def _problems(count: int, seed: int, split: Split, most: int) -> tuple[Problem, 
 
 
 def _draw(rng: random.Random, count: int) -> Problem | None:
-    """A problem built around a solution whose intermediate results are positive integers; None if
-    none came.
-    """
+    """A problem whose solution has positive integers throughout; None if the draw has none."""
     numbers = sorted(uniform(rng, 1, _LARGEST_NUMBER) for _ in range(count))
-    terms = [(n, str(n), "") for n in numbers]  # value, text, outermost operator
+    terms = [(n, str(n), "") for n in numbers]  # value, text, outermost symbol
     while len(terms) > 1:
         left = terms.pop(uniform(rng, 0, len(terms) - 1))
         right = terms.pop(uniform(rng, 0, len(terms) - 1))
@@ -201,23 +201,23 @@ def _draw(rng: random.Random, count: int) -> Problem | None:
 _Term = tuple[int, str, str]
 
 
-def _join(left: _Term, operator: str, right: _Term) -> _Term | None:
-    """left operator right with the fewest brackets; None unless the value is a positive integer."""
+def _join(left: _Term, symbol: str, right: _Term) -> _Term | None:
+    """`left symbol right` with the fewest brackets; None unless the value is a positive integer."""
     (a, a_text, a_outer), (b, b_text, b_outer) = left, right
-    if (operator == "-" and a <= b) or (operator == "/" and a % b):
+    if (symbol == "-" and a <= b) or (symbol == "/" and a % b):
         return None
-    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[operator]
-    if operator in "*/" and a_outer in ("+", "-"):
+    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[symbol]
+    if symbol in "*/" and a_outer in ("+", "-"):
         a_text = f"({a_text})"
-    weaker = {"+": "", "-": "+-", "*": "+-", "/": "+-*/"}[operator]
+    weaker = {"+": "", "-": "+-", "*": "+-", "/": "+-*/"}[symbol]
     if b_outer and b_outer in weaker:
         b_text = f"({b_text})"
-    return value, f"{a_text}{operator}{b_text}", operator
+    return value, f"{a_text}{symbol}{b_text}", symbol
 
 
 @lru_cache(maxsize=4)
 def _chance_rate(count: int, seed: int, most: int) -> float:
-    problems = _problems(count, seed, "test", most)
+    problems = _problems(count, seed, "test", max(most, 1))
     rng = random.Random(0)
     hits = 0
     for guess in range(_GUESSES):
@@ -232,16 +232,8 @@ def _guess(rng: random.Random, terms: list[Fraction]) -> Fraction | None:
     while len(terms) > 1:
         a = terms.pop(uniform(rng, 0, len(terms) - 1))
         b = terms.pop(uniform(rng, 0, len(terms) - 1))
-        operator = "+-*/"[uniform(rng, 0, 3)]
-        if operator == "/" and not b:
+        symbol = "+-*/"[uniform(rng, 0, 3)]
+        if symbol == "/" and not b:
             return None
-        terms.append(
-            a + b
-            if operator == "+"
-            else a - b
-            if operator == "-"
-            else a * b
-            if operator == "*"
-            else a / b
-        )
+        terms.append(_OPERATIONS[symbol](a, b))
     return terms[0]

@@ -1,5 +1,4 @@
-"""Finish a short story: for checkpoints trained on TinyStories, which continue text and follow no
-instruction.
+"""Finish a short story: for checkpoints trained on TinyStories, which only continue text.
 
 The prompt is the opening of a story, up to its turning point. A completion is right when the story
 - ends: a stop token comes before the length limit,
@@ -9,9 +8,15 @@ The prompt is the opening of a story, up to its turning point. A completion is r
   end).
 
 Each rule is exact and each is a part of the reward, but none of them judges the prose: train with a
-small learning rate or a KL weight. Needs about 128 prompt tokens and 160 new tokens with the
-512-token vocabulary of stories260K, whose own stories run to 350 tokens. Sampled at temperature 1
-from that checkpoint on 512 openings of the train split, limit 160: PLACEHOLDER.
+small learning rate or a KL weight. With the 512-token vocabulary of stories260K, whose own stories
+run to 350 tokens, an opening has 90 to 117 tokens. That checkpoint, sampled at temperature 1 on 512
+openings of the train split:
+
+    most new tokens     pass@1    ended    name    thing    length
+    128                  0.029     0.12    0.52     0.74      0.96
+    160                  0.068     0.21    0.50     0.76      0.97
+    192                  0.119     0.33    0.48     0.76      0.97
+    224                  0.154     0.44    0.49     0.76      0.97
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from jaxrl.config import TaskConfig
-from jaxrl.tasks.base import Split, most_problems, problem_id, split_of, uniform
+from jaxrl.tasks.base import Split, drawable, most_problems, problem_id, split_of, uniform
 from jaxrl.types import Problem, Reward
 
 _GIRLS = ("Lily", "Mia", "Sue", "Anna", "Sara", "Lucy", "Amy", "Jane")
@@ -105,7 +110,7 @@ def _problems(seed: int, split: Split, most: int) -> tuple[Problem, ...]:
     space = children * len(_PLACES) * len(_LOOKS) * len(_THINGS) * len(_FRIENDS) * len(_TURNS)
     rng = random.Random(seed)
     found: dict[int, Problem] = {}
-    while len(found) < min(most, space // 20):
+    while len(found) < min(most, drawable(space, split)):
         problem = _draw(rng)
         if split_of(problem.id) == split:
             found[problem.id] = problem

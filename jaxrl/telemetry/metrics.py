@@ -21,10 +21,12 @@ from roofline.phases import WORK_PHASES
 _KEY = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_.@-]+)+")
 
 STORY = {
-    "reward": "reward/mean",
-    "held_out_pass_at_1": "eval/pass_at_1",
-    "staleness": "off_policy/staleness_mean",
-    "mismatch_kl": "mismatch/kl_mean",
+    "1_reward": "reward/mean",
+    "2_held_out_pass_at_1": "eval/pass_at_1",
+    "3_decode_measured_over_predicted": "roofline/decode/ratio",
+    "4_train_measured_over_predicted": "roofline/train/ratio",
+    "5_staleness": "off_policy/staleness_mean",
+    "6_mismatch_kl": "mismatch/kl_mean",
 }
 """Curves repeated under 00_story/, which TensorBoard sorts to the top of its first page."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from jaxrl.cli import config_difference, config_yaml, load_config, parse_args, save_config
 from jaxrl.config import (
@@ -52,6 +52,8 @@ def folder(tmp_path_factory) -> Path:
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(config=CONFIGS)
+@example(config=Config(task=TaskConfig(operators="\x85")))  # YAML's next-line, easily folded away
+@example(config=Config(task=TaskConfig(operators="")))
 def test_saving_and_loading_is_the_identity(config, folder):
     save_config(config, folder / "config.yaml")
     assert load_config(folder / "config.yaml") == config

@@ -93,7 +93,7 @@ def test_tensorboard_holds_curves_distributions_texts_and_a_layout(writer, tmp_p
     writer.close()
     board = _board(tmp_path)
     tags = board.Tags()
-    assert {"reward/mean", "00_story/reward", "00_story/mismatch_kl"} <= set(tags["scalars"])
+    assert {"reward/mean", "00_story/1_reward", "00_story/6_mismatch_kl"} <= set(tags["scalars"])
     assert board.Histograms("completions/length")[0].histogram_value.num == 4
     config = board.Tensors("run/config/text_summary")[0].tensor_proto.string_val[0]
     assert b"steps: 3" in config

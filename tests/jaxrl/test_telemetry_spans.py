@@ -103,6 +103,8 @@ def test_a_step_sums_measured_and_predicted_per_phase(recorder, clock):
     assert metrics["roofline/train/predicted_s"] == pytest.approx(1.0)
     assert metrics["roofline/train/measured_s"] == pytest.approx(2.0)
     assert metrics["roofline/train/ratio"] == pytest.approx(2.0)
+    assert metrics["roofline/train/flops_per_s"] == pytest.approx(1e9 / 2.0)
+    assert metrics["roofline/train/bytes_per_s"] == pytest.approx(6.0 / 2.0)
 
 
 def test_a_step_counts_only_its_own_spans(recorder, clock, path):

@@ -1,0 +1,126 @@
+"""What any program meets on this machine: fixed times, bandwidths, rates of matrix products."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.config import ModelConfig
+from roofline.calibrate.timing import Device, Run, caller, replacer, seconds
+from roofline.datasheets import datasheet_of_device
+from roofline.hardware import DTYPE_BYTES, Efficiency, Hardware
+from roofline.machine import Workload, host_memory_bytes, processor
+
+
+def versions(device: Device) -> dict[str, str]:
+    """What a calibration holds for: software and kind of device."""
+    return {
+        "jax": jax.__version__,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+    }
+
+
+def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Workload) -> Hardware:
+    """Peaks, fixed times and general shares of devices[0]; peaks of a known GPU are its datasheet's."""
+    device, dtype = devices[0], jnp.dtype(workload.dtype)
+    with jax.default_device(device):
+        dispatch_s, kernel_s = _dispatch_s(), _kernel_s()
+        bytes_per_s = _bytes_per_s(device.platform)
+        rates = [
+            product_rate(rows, model.width, model.ffw_size, dtype)
+            for rows in (workload.slots, workload.rows * workload.row_tokens)
+        ]
+        best = max(*rates, product_rate(1024, 1024, 1024, dtype))
+    latency_s, link_bytes_per_s = _link(devices, bytes_per_s)
+    sheet = datasheet_of_device(device.device_kind)
+    if sheet is None:
+        sheet = Hardware(
+            name=f"{device.device_kind}: {processor()}",
+            peak_flops_per_s=dict.fromkeys(DTYPE_BYTES, best),
+            hbm_bytes=host_memory_bytes() / len(devices),
+            hbm_bytes_per_s=bytes_per_s,
+            link_bytes_per_s=link_bytes_per_s,
+            dispatch_s=dispatch_s,
+            kernel_s=kernel_s,
+            source=("peaks: best rates measured on this machine",),
+        )
+    reached = Efficiency(
+        compute=min(1.0, statistics.median(rates) / sheet.peak(workload.dtype)),
+        memory=min(1.0, bytes_per_s / sheet.hbm_bytes_per_s),
+        link=min(1.0, link_bytes_per_s / sheet.link_bytes_per_s),
+    )
+    return dataclasses.replace(
+        sheet,
+        dispatch_s=dispatch_s,
+        kernel_s=kernel_s,
+        link_latency_s=latency_s,
+        efficiency=reached,
+        devices_share_cores=device.platform == "cpu",
+        calibrated=True,
+        source=(*sheet.source, "shares and fixed times: measured by roofline.calibrate"),
+        date=datetime.date.today().isoformat(),
+        versions=versions(device),
+    )
+
+
+def _dispatch_s() -> float:
+    """Start of one program with a dozen arguments, and waiting for it [s]."""
+    leaves = [jnp.full((8,), 1.0 + i) for i in range(12)]
+    return seconds(caller(jax.jit(lambda xs: xs[0] + xs[-1]), leaves), rounds=200)
+
+
+def _kernel_s() -> float:
+    """One more small kernel in a program: slope over chains of products and maps [s]."""
+    x = jnp.eye(32)
+
+    def chain(length: int) -> Run:
+        def body(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ x), None
+
+        return caller(jax.jit(lambda x: jax.lax.scan(body, x, None, length=length)[0]), x)
+
+    short, long = 64, 512
+    return max((seconds(chain(long)) - seconds(chain(short))) / (2 * (long - short)), 1e-8)
+
+
+def _bytes_per_s(platform: str) -> float:
+    """In-place sum over a donated array far larger than any cache: read and written."""
+    count = 2**24 if platform == "cpu" else 2**28
+    add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+    return 2 * 4 * count / seconds(replacer(add, jnp.ones(count)))
+
+
+def product_rate(rows: int, inner: int, columns: int, dtype: Any) -> float:
+    """FLOP/s of [rows, inner] x [inner, columns] and back, chained inside one program."""
+    key = jax.random.key(0)
+    x = jax.random.normal(key, (rows, inner)).astype(dtype)
+    there = (jax.random.normal(key, (inner, columns)) * inner**-0.5).astype(dtype)
+    back = (jax.random.normal(key, (columns, inner)) * columns**-0.5).astype(dtype)
+    flops = 4.0 * rows * inner * columns
+    length = max(2, min(64, int(2e9 / flops)))
+
+    @jax.jit
+    def chain(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: ((x @ there) @ back, None), x, None, length=length)[0]
+
+    return flops * length / seconds(caller(chain, x, there, back))
+
+
+def _link(devices: Sequence[Device], memory_bytes_per_s: float) -> tuple[float, float]:
+    """Fixed time [s] and rate [bytes/s] of copies between two devices, or within the only one."""
+    if len(devices) == 1:
+        return 0.0, memory_bytes_per_s
+    small, *larger = (jax.device_put(jnp.ones(n), devices[0]) for n in (16, 2**18, 2**20, 2**22))
+    latency_s = seconds(caller(jax.device_put, small, devices[1]), rounds=50)
+    rates = [
+        array.nbytes / max(seconds(caller(jax.device_put, array, devices[1])) - latency_s, 1e-9)
+        for array in larger
+    ]
+    return latency_s, max(rates)

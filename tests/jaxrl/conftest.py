@@ -1,0 +1,68 @@
+"""A decoder small enough to compile in a second, and what runs on it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl.config import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    GrpoConfig,
+    ModelOptions,
+    RolloutConfig,
+    RunConfig,
+    SftConfig,
+    TaskConfig,
+    TrainConfig,
+)
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.sharding import init_sharded, make_mesh
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=14, width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8,
+        ffw_size=64, qk_norm=True, max_positions=32,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_model: ModelConfig) -> Decoder:
+    mesh = make_mesh(jax.devices()[:1])
+    return init_sharded(tiny_model, jax.random.key(0), mesh, jnp.float32)
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., Config]:
+    """A complete run of single-digit sums: `tiny_config(steps=4, max_staleness=1, dir=...)`."""
+
+    def make(
+        *, steps: int = 4, max_staleness: int = 0, dir: Path | None = None, seed: int = 0,
+        checkpoint_every: int = 0, sft_steps: int = 4, eval_every: int = 2, **grpo: object,
+    ) -> Config:  # fmt: skip
+        return Config(
+            run=RunConfig(dir=dir or tmp_path / "run", seed=seed),
+            model=ModelOptions(
+                width=32, num_layers=2, num_heads=4, num_kv_heads=2, head_size=8, ffw_size=64
+            ),
+            task=TaskConfig(digits=1, num_eval=8, reward_workers=0),
+            sft=SftConfig(steps=sft_steps, check_every=4, sequences_per_step=32, learning_rate=3e-3),
+            train=TrainConfig(
+                steps=steps, learning_rate=1e-3, warmup_steps=2, row_tokens=16, rows_per_microbatch=8
+            ),
+            rollout=RolloutConfig(
+                slots=12, chunk_steps=2, max_prompt_tokens=4, max_new_tokens=4,
+                max_staleness=max_staleness,
+            ),
+            grpo=GrpoConfig(prompts_per_step=4, group_size=4, drop_zero_advantage=False, **grpo),
+            eval=EvalConfig(every_steps=eval_every, problems=8, final_samples=2),
+            checkpoint=CheckpointConfig(every_steps=checkpoint_every),
+        )  # fmt: skip
+
+    return make

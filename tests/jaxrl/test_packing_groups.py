@@ -1,0 +1,148 @@
+"""From groups of rollouts to training sequences: advantages, filters, weights, curves."""
+
+import numpy as np
+import pytest
+
+from jaxrl.algorithms.advantages import group_advantages
+from jaxrl.config import GrpoConfig
+from jaxrl.packing import groups_to_sequences
+from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
+
+ROUNDING = 1e-6  # float32 fields against float64 arithmetic
+MAX_NEW = 10
+
+
+def _group(prompt: list[int], samples: list[tuple[int, float, Finish]]) -> RolloutGroup:
+    """Samples of (length, reward, finish); token k of sample g is 100 * g + k."""
+    rollouts = tuple(
+        Rollout(
+            completion=Completion(
+                tokens=np.arange(length, dtype=np.int32) + 100 * g,
+                sampler_logprobs=-0.1 * np.arange(1, length + 1, dtype=np.float32),
+                versions=np.zeros(length, np.int32),
+                finish=finish,
+                sample_index=g,
+            ),
+            text="",
+            reward=Reward(
+                total=reward, parts={"format": 0.5, "length": reward}, correct=reward > 0
+            ),
+        )
+        for g, (length, reward, finish) in enumerate(samples)
+    )
+    problem = Problem(id=0, prompt="", answer="", solution="")
+    return RolloutGroup(
+        prompt=Prompt(index=0, problem=problem, tokens=tuple(prompt)),
+        birth_version=0,
+        rollouts=rollouts,
+    )
+
+
+S, L = Finish.STOP, Finish.LENGTH
+MIXED = _group([7, 8], [(2, 1.0, S), (4, 0.0, S), (10, 0.0, L)])
+SOLVED = _group([9], [(1, 1.0, S), (2, 1.0, S), (3, 1.0, S)])
+OTHER = _group([7, 8, 9], [(3, 0.0, S), (5, 1.0, S), (10, 1.0, L)])
+
+
+def test_a_sequence_is_prompt_then_completion_with_loss_on_the_completion():
+    sequences, _ = groups_to_sequences([MIXED], GrpoConfig(group_size=3), MAX_NEW)
+    first = sequences[1]
+    assert first.tokens.tolist() == [7, 8, 100, 101, 102, 103]
+    assert first.loss_mask.tolist() == [False] * 2 + [True] * 4
+    np.testing.assert_allclose(
+        first.sampler_logprobs, [0, 0, -0.1, -0.2, -0.3, -0.4], rtol=ROUNDING
+    )
+    advantage = group_advantages(np.array([[1.0, 0.0, 0.0]]))[0, 1]
+    np.testing.assert_allclose(first.advantages, [0, 0] + [advantage] * 4, rtol=ROUNDING)
+    np.testing.assert_allclose(first.token_weights, [0, 0] + [1 / 16] * 4, rtol=ROUNDING)
+    dtypes = {n: getattr(first, n).dtype.name for n in first.__dataclass_fields__}
+    assert dtypes == {
+        "tokens": "int32",
+        "loss_mask": "bool",
+        "sampler_logprobs": "float32",
+        "advantages": "float32",
+        "token_weights": "float32",
+    }
+
+
+def test_groups_of_equal_rewards_leave_the_batch_and_its_denominators():
+    alone, _ = groups_to_sequences([MIXED], GrpoConfig(), MAX_NEW)
+    beside, curves = groups_to_sequences([SOLVED, MIXED, SOLVED], GrpoConfig(), MAX_NEW)
+    assert len(beside) == len(alone) == 3
+    for a, b in zip(alone, beside, strict=True):
+        for name in a.__dataclass_fields__:
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert curves["filter/dropped_groups"] == 2.0
+    assert curves["filter/frac_reward_zero_std"] == pytest.approx(2 / 3)
+
+
+def test_groups_of_equal_rewards_can_be_kept_with_advantage_zero():
+    settings = GrpoConfig(drop_zero_advantage=False)
+    sequences, curves = groups_to_sequences([SOLVED, MIXED], settings, MAX_NEW)
+    assert len(sequences) == 6
+    assert not sequences[0].advantages.any()
+    np.testing.assert_allclose(sequences[0].token_weights[-1], 1 / 22, rtol=ROUNDING)
+    assert curves["filter/dropped_groups"] == 0.0
+    assert curves["filter/frac_reward_zero_std"] == 0.5
+
+
+def test_a_batch_of_equal_rewards_only_is_empty_and_counted():
+    sequences, curves = groups_to_sequences([SOLVED, SOLVED], GrpoConfig(), MAX_NEW)
+    assert sequences == []
+    assert curves["filter/dropped_groups"] == 2.0
+    assert curves["advantage/abs_mean"] == 0.0
+    assert np.isfinite(list(curves.values())).all()
+
+
+def test_masked_truncated_samples_count_in_the_baseline_but_not_in_the_loss():
+    settings = GrpoConfig(mask_truncated=True, advantage_scale="none")
+    sequences, curves = groups_to_sequences([MIXED, OTHER], settings, MAX_NEW)
+    assert [len(s.tokens) for s in sequences] == [4, 6, 6, 8]
+    assert curves["filter/masked_truncated"] == 2.0
+    assert curves["completions/clipped_ratio"] == pytest.approx(1 / 3)
+    np.testing.assert_allclose(sequences[0].advantages[-1], 1 - 1 / 3, rtol=ROUNDING)
+    np.testing.assert_allclose(sequences[0].token_weights[-1], 1 / 14, rtol=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token_mean", [1 / 34] * 6),
+        ("sequence_mean", [1 / (6 * n) for n in (2, 4, 10, 3, 5, 10)]),
+        ("prompt_mean", [1 / 32] * 3 + [1 / 36] * 3),
+        ("constant", [1 / 60] * 6),
+    ],
+)
+def test_weights_follow_the_chosen_aggregation(aggregation, expected):
+    settings = GrpoConfig(aggregation=aggregation)
+    sequences, _ = groups_to_sequences([MIXED, OTHER], settings, MAX_NEW)
+    got = [s.token_weights[-1] for s in sequences]
+    np.testing.assert_allclose(got, expected, rtol=ROUNDING)
+
+
+def test_curves_describe_all_samples():
+    _, curves = groups_to_sequences([MIXED, SOLVED], GrpoConfig(advantage_scale="none"), MAX_NEW)
+    expected = {
+        "reward/mean": 4 / 6,
+        "reward/std": np.std([1, 0, 0, 1, 1, 1]),
+        "reward/min": 0.0,
+        "reward/max": 1.0,
+        "reward/format/mean": 0.5,
+        "reward/length/mean": 4 / 6,
+        "train/accuracy": 4 / 6,
+        "completions/mean_length": 22 / 6,
+        "completions/min_length": 1.0,
+        "completions/max_length": 10.0,
+        "completions/clipped_ratio": 1 / 6,
+        "completions/mean_terminated_length": 12 / 5,
+        "prompt_length/mean": 1.5,
+        "filter/dropped_groups": 1.0,
+        "filter/frac_reward_zero_std": 0.5,
+        "filter/masked_truncated": 0.0,
+        "advantage/abs_mean": (2 / 3 + 1 / 3 + 1 / 3) / 3,
+    }
+    assert curves == pytest.approx(expected)
+
+
+def test_no_groups_make_no_sequences():
+    assert groups_to_sequences([], GrpoConfig(), MAX_NEW) == ([], {})

@@ -1,0 +1,204 @@
+"""The distribution that is sampled from, and the slots that sample it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.observe import Observer
+from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
+from jaxrl.rollout.sampling import inverse_cdf, processed_logprobs
+from jaxrl.types import Completion, Finish, Snapshot
+from models.decoder import Decoder, hidden_states
+from models.head import target_logprobs
+from models.sharding import make_mesh
+
+SAME_GRAPH_ATOL = 1e-5
+"""Two float32 graphs of the same sums in another order: the project's bound for sampler = learner."""
+STOP = 1
+
+
+def make_engine(policy: Decoder, **settings: object) -> RolloutEngine:
+    defaults = {
+        "num_slots": 6, "max_prompt_tokens": 8, "max_new_tokens": 10, "chunk_steps": 3,
+        "num_stop_ids": 1, "dtype": jnp.float32, "seed": 0, "observer": Observer(),
+    }  # fmt: skip
+    return RolloutEngine(policy.config, make_mesh(jax.devices()[:1]), **(defaults | settings))
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    return [tuple(rng.integers(2, 14, rng.integers(1, 9)).tolist()) for _ in range(count)]
+
+
+def sample_all(
+    engine: RolloutEngine, policy: Decoder, groups: int, group_size: int, **params: object
+) -> dict[tuple[int, int], Completion]:
+    settings = SamplingParams(**({"max_new_tokens": 10, "stop_ids": (STOP,)} | params))
+    for stream, prompt in enumerate(prompts(groups)):
+        indices = tuple(range(group_size))
+        engine.submit(Request(stream=stream, prompt=prompt, sample_indices=indices, params=settings))
+    done = {}
+    while not engine.is_idle:
+        for request, completion in engine.run_chunk(Snapshot(version=0, policy=policy)):
+            done[request.stream, completion.sample_index] = completion
+    return done
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny_policy: Decoder) -> dict[tuple[int, int], Completion]:
+    return sample_all(make_engine(tiny_policy), tiny_policy, 5, 4)
+
+
+def test_sampler_logprobs_equal_the_learners(tiny_policy: Decoder, sampled) -> None:
+    for (stream, _), completion in sampled.items():
+        prompt = prompts(5)[stream]
+        tokens = np.array([*prompt, *completion.tokens], np.int32)[None]
+        length = tokens.shape[1]
+        hidden = hidden_states(
+            tiny_policy, jnp.array(tokens), jnp.arange(length)[None],
+            jnp.ones((1, length), jnp.int32), dtype=jnp.float32,
+        )  # fmt: skip
+        targets = jnp.array(np.roll(tokens, -1, axis=1))
+        logprobs, _ = target_logprobs(
+            tiny_policy, hidden, targets, temperature=1.0, chunk_tokens=64, dtype=jnp.float32
+        )
+        learner = np.asarray(logprobs)[0, len(prompt) - 1 : -1]
+        np.testing.assert_allclose(completion.sampler_logprobs, learner, atol=SAME_GRAPH_ATOL)
+
+
+def test_a_rollout_does_not_depend_on_slots_neighbours_or_chunks(tiny_policy, sampled) -> None:
+    other = sample_all(make_engine(tiny_policy, num_slots=16, chunk_steps=4), tiny_policy, 5, 4)
+    few = sample_all(make_engine(tiny_policy, num_slots=2), tiny_policy, 2, 4)
+    for key, completion in sampled.items():
+        np.testing.assert_array_equal(completion.tokens, other[key].tokens)
+        if key in few:
+            np.testing.assert_array_equal(completion.tokens, few[key].tokens)
+
+
+def test_samples_of_one_prompt_differ(sampled) -> None:
+    for stream in range(5):
+        texts = {tuple(sampled[stream, i].tokens) for i in range(4)}
+        assert len(texts) > 1
+
+
+def test_another_seed_gives_other_samples(tiny_policy, sampled) -> None:
+    other = sample_all(make_engine(tiny_policy, seed=1), tiny_policy, 5, 4)
+    assert any(not np.array_equal(c.tokens, other[key].tokens) for key, c in sampled.items())
+
+
+def test_completions_end_at_the_stop_token_or_the_limit(sampled) -> None:
+    finishes = set()
+    for completion in sampled.values():
+        finishes.add(completion.finish)
+        assert (completion.tokens[:-1] != STOP).all()
+        if completion.finish is Finish.STOP:
+            assert completion.tokens[-1] == STOP
+        else:
+            assert len(completion.tokens) == 10
+        assert len(completion.sampler_logprobs) == len(completion.versions) == len(completion.tokens)
+    assert finishes == {Finish.STOP, Finish.LENGTH}
+
+
+def test_greedy_takes_the_most_likely_token(tiny_policy: Decoder) -> None:
+    (first, second) = (
+        sample_all(make_engine(tiny_policy, seed=s), tiny_policy, 3, 1, temperature=0.0) for s in (0, 1)
+    )
+    for key, completion in first.items():
+        np.testing.assert_array_equal(completion.tokens, second[key].tokens)
+    prompt, completion = prompts(1)[0], first[0, 0]
+    tokens = jnp.array([[*prompt, *completion.tokens.tolist()]], jnp.int32)
+    length = tokens.shape[1]
+    hidden = hidden_states(
+        tiny_policy, tokens, jnp.arange(length)[None], jnp.ones((1, length), jnp.int32),
+        dtype=jnp.float32,
+    )  # fmt: skip
+    logits = hidden[0] @ tiny_policy.embedding.T
+    best = np.asarray(logits.argmax(-1))[len(prompt) - 1 : -1]
+    np.testing.assert_array_equal(completion.tokens, best)
+
+
+def test_new_prompts_compile_nothing_new(tiny_policy: Decoder) -> None:
+    engine = make_engine(tiny_policy)
+    sample_all(engine, tiny_policy, 5, 4)
+    traced = engine.trace_count
+    for _ in range(3):
+        sample_all(engine, tiny_policy, 5, 4)
+    assert engine.trace_count == traced
+
+
+def test_a_prompt_is_prefilled_once_for_its_group(tiny_policy: Decoder) -> None:
+    """Six slots, groups of 4: a group that enters in two parts must not be prefilled again."""
+    engine = make_engine(tiny_policy)
+    calls: list[int] = []
+    prefill = engine._prefill_prompts
+
+    def counted(snapshot: Snapshot, requests):
+        calls.extend({request.stream for request in requests})
+        return prefill(snapshot, requests)
+
+    engine._prefill_prompts = counted  # type: ignore[method-assign]
+    sample_all(engine, tiny_policy, 5, 4)
+    assert sorted(calls) == [0, 1, 2, 3, 4]
+
+
+def test_tokens_carry_the_version_that_made_them(tiny_policy: Decoder) -> None:
+    engine = make_engine(tiny_policy, num_slots=1, chunk_steps=2)
+    params = SamplingParams(max_new_tokens=6, stop_ids=())
+    engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
+    finished, version = [], 0
+    while not finished:
+        finished = engine.run_chunk(Snapshot(version=version, policy=tiny_policy))
+        version += 1
+    np.testing.assert_array_equal(finished[0][1].versions, [0, 0, 1, 1, 2, 2])
+
+
+def test_recomputed_cache_equals_one_made_by_the_new_weights(tiny_policy: Decoder) -> None:
+    """Swap weights in the middle: with recompute, later tokens are as if the new weights saw all of it."""
+    other = jax.tree.map(lambda x: x * 1.1, tiny_policy)
+    params = SamplingParams(max_new_tokens=8, stop_ids=())
+    engine = make_engine(tiny_policy, num_slots=1, chunk_steps=4, kv_on_swap="recompute")
+    engine.submit(Request(stream=0, prompt=(2, 3, 4), sample_indices=(0,), params=params))
+    engine.run_chunk(Snapshot(version=0, policy=tiny_policy))
+    ((_, completion),) = engine.run_chunk(Snapshot(version=1, policy=other))
+    tokens = jnp.array([[2, 3, 4, *completion.tokens.tolist()]], jnp.int32)
+    hidden = hidden_states(
+        other, tokens, jnp.arange(11)[None], jnp.ones((1, 11), jnp.int32), dtype=jnp.float32
+    )
+    logprobs, _ = target_logprobs(
+        other, hidden, jnp.roll(tokens, -1, 1), temperature=1.0, chunk_tokens=64, dtype=jnp.float32
+    )
+    np.testing.assert_allclose(
+        completion.sampler_logprobs[4:], np.asarray(logprobs)[0, 6:10], atol=SAME_GRAPH_ATOL
+    )
+
+
+def test_inverse_cdf_follows_the_distribution() -> None:
+    """70 tokens, more than two blocks; a chi-square statistic below its 99.9 % quantile."""
+    rng = np.random.default_rng(0)
+    logprobs = jax.nn.log_softmax(jnp.array(rng.normal(size=70) * 2, jnp.float32))
+    draws = 40_000
+    tokens = inverse_cdf(
+        jnp.broadcast_to(logprobs, (draws, 70)), jax.random.uniform(jax.random.key(0), (draws,))
+    )
+    expected = np.exp(np.asarray(logprobs, np.float64)) * draws
+    counts = np.bincount(np.asarray(tokens), minlength=70)
+    often = expected > 5
+    statistic = (((counts - expected) ** 2 / expected)[often]).sum()
+    assert statistic < 120  # 99.9 % quantile of chi-square with 69 degrees of freedom is 111.1
+
+
+def test_inverse_cdf_never_picks_an_impossible_token() -> None:
+    logprobs = jnp.where(jnp.arange(100) == 63, 0.0, -jnp.inf)[None]
+    for uniform in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+        assert int(inverse_cdf(logprobs, jnp.array([uniform], jnp.float32))[0]) == 63
+
+
+def test_top_k_and_top_p_renormalise_what_they_keep() -> None:
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 3))
+    ones, zeros = jnp.ones(3), jnp.zeros(3, jnp.int32)
+    kept = processed_logprobs(
+        logits, ones, jnp.array([1.0, 0.7, 0.3]), zeros.at[0].set(2), filtered=True
+    )
+    expected = [[0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0], [1, 0, 0, 0]]
+    np.testing.assert_allclose(np.exp(kept), expected, atol=1e-6)
