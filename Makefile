@@ -3,6 +3,9 @@
 # make lint types ruff and pyright
 # make setup      only the virtual environment; PYTHON=python3.12 picks the interpreter,
 #                 EXTRAS=dev,cuda13 installs for NVIDIA GPUs
+# make peers      the environments of the systems measured beside jaxrl; PEERS_PYTHON= and TUNIX_PYTHON=
+#                 pick interpreters, PEERS_PIP='...' adds options for pip (say, an index of CPU builds)
+# make bench-peers  jaxrl and its peers side by side; ARGS='--rounds 5' overrides
 PYTHON ?= python3
 EXTRAS ?= dev
 ARGS ?=
@@ -37,3 +40,26 @@ lint: setup
 
 types: setup
 	@$(RUN) -m pyright
+
+PEERS_PYTHON ?= $(PYTHON)
+TUNIX_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) $(PYTHON))
+PEERS_PIP ?=
+
+.PHONY: peers bench-peers
+
+peers: .venv-peers/.ready .venv-tunix/.ready
+
+.venv-peers/.ready: benchmarks/requirements/torch.txt
+	@test -x $(@D)/bin/python || { echo "Creating $(@D)"; $(PEERS_PYTHON) -m venv $(@D); }
+	@echo "Installing $< into $(@D) (once; a minute or two)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS_PIP) -r $<
+	@touch $@
+
+.venv-tunix/.ready: benchmarks/requirements/tunix.txt
+	@test -x $(@D)/bin/python || { echo "Creating $(@D)"; $(TUNIX_PYTHON) -m venv $(@D); }
+	@echo "Installing $< into $(@D) (once; a minute or two)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS_PIP) -r $<
+	@touch $@
+
+bench-peers: setup
+	@$(RUN) -m benchmarks.peers $(ARGS)

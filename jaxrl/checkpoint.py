@@ -41,6 +41,10 @@ class Checkpoints:
         """Step of the newest complete checkpoint, None without one."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
         """Write in the background; returns once `state` may be donated."""
         self._manager.save(

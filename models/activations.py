@@ -10,10 +10,11 @@ ROW_AXES = ("data", "fsdp")
 
 
 def constrain_rows(x: jax.Array) -> jax.Array:
-    """x [B, ...] with its rows split over ROW_AXES and the rest replicated; x itself outside a mesh.
+    """x [B, ...] with its rows split over ROW_AXES and the rest replicated; x itself outside a
+    mesh.
 
-    Without it the compiler may follow the fsdp split of the weights and split D instead of B. The mesh is the one
-    of `jax.set_mesh`; rows that its axes do not divide are left to the compiler.
+    Without it the compiler may follow the fsdp split of the weights and split D instead of B. The
+    mesh is the one of `jax.set_mesh`; rows that its axes do not divide are left to the compiler.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(ROW_AXES) <= set(mesh.axis_names):

@@ -1,10 +1,11 @@
 """Keys and values of the slots that are being decoded.
 
-Layout, per layer: keys [B, K, S/KEY_BLOCK, H, KEY_BLOCK], so that the key index is last within a block, and
-values [B, K, S, H]. Both products of decode attention are then batched [G, .] x [., at most 64] matrix products
-that read the cache front to back once; a wider right side or the other order costs three to four times as much
-on CPU. Layers are separate arrays, because a slice of a stacked array would be copied in every decode step.
-A slot's entries past its own position hold leftovers; they are overwritten before they can be seen.
+Layout, per layer: keys [B, K, S/KEY_BLOCK, H, KEY_BLOCK], so that the key index is last within a
+block, and values [B, K, S, H]. Both products of decode attention are then batched [G, .] x [., at
+most 64] matrix products that read the cache front to back once; a wider right side or the other
+order costs three to four times as much on CPU. Layers are separate arrays, because a slice of a
+stacked array would be copied in every decode step. A slot's entries past its own position hold
+leftovers; they are overwritten before they can be seen.
 Letters: B slots, S cached tokens, L layers, K kv heads, H head size, P prompts, T tokens.
 """
 
@@ -41,7 +42,8 @@ def _round_up(tokens: int) -> int:
 
 
 def init_cache(config: ModelConfig, slots: int, max_tokens: int, dtype: Any) -> KVCache:
-    """An empty cache for `slots` slots of at least `max_tokens` tokens (rounded up to KEY_BLOCK)."""
+    """An empty cache for `slots` slots of at least `max_tokens` tokens (rounded up to
+    KEY_BLOCK)."""
     tokens, lead = _round_up(max_tokens), (slots, config.num_kv_heads)
     keys = (*lead, tokens // KEY_BLOCK, config.head_size, KEY_BLOCK)
     values = (*lead, tokens, config.head_size)
@@ -61,7 +63,8 @@ def block_keys(keys: jax.Array) -> jax.Array:
 def write_token(
     keys: jax.Array, values: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """One layer's cache with k and v [B, K, H] of slot b at positions[b]; positions past S are dropped."""
+    """One layer's cache with k and v [B, K, H] of slot b at positions[b]; positions past S are
+    dropped."""
     slots = jnp.arange(positions.shape[0])
     block, offset = positions // KEY_BLOCK, positions % KEY_BLOCK
     return (
@@ -73,7 +76,8 @@ def write_token(
 def insert_prompts(
     cache: KVCache, keys: jax.Array, values: jax.Array, rows: jax.Array, slots: jax.Array
 ) -> KVCache:
-    """Copy prompt row rows[i] of a prefill into slot slots[i], for i < Nb; a slot outside 0..B-1 is dropped.
+    """Copy prompt row rows[i] of a prefill into slot slots[i], for i < Nb; a slot outside 0..B-1 is
+    dropped.
 
     keys and values as `models.decoder.prefill` returns them, stacked over L.
     Raises: ValueError if the prompts are longer than the cache.
@@ -99,20 +103,23 @@ def insert_prompts(
     )
 
 
-def narrow(cache: KVCache, tokens: int) -> KVCache:
-    """The first `tokens` (static, rounded up to KEY_BLOCK) tokens of every slot, as a cache of its own.
+def prefix(keys: jax.Array, values: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
+    """The first `tokens` tokens of one layer's keys and values, rounded up to KEY_BLOCK, at most
+    all."""
+    tokens = min(_round_up(tokens), values.shape[2])
+    return keys[:, :, : tokens // KEY_BLOCK], values[:, :, :tokens]
 
-    Decode reads all of the cache it is given. A loop of many steps whose longest live slot stays below `tokens`
-    narrows once before and widens once after, which costs one copy instead of reading the rest in every step.
-    Positions past the narrow cache are not written.
+
+def narrow(cache: KVCache, tokens: int) -> KVCache:
+    """The first `tokens` (static, rounded up to KEY_BLOCK) tokens of every slot, as a cache of its
+    own.
+
+    Decode reads all of the cache it is given. A loop of many steps whose longest live slot stays
+    below `tokens` narrows once before and widens once after, which costs one copy instead of
+    reading the rest in every step. Positions past the narrow cache are not written.
     """
-    tokens = min(_round_up(tokens), cache.max_tokens)
-    if tokens == cache.max_tokens:
-        return cache
-    return KVCache(
-        keys=tuple(k[:, :, : tokens // KEY_BLOCK] for k in cache.keys),
-        values=tuple(v[:, :, :tokens] for v in cache.values),
-    )
+    pairs = [prefix(k, v, tokens) for k, v in zip(cache.keys, cache.values, strict=True)]
+    return KVCache(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
 
 
 def widen(narrowed: KVCache, cache: KVCache) -> KVCache:

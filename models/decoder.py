@@ -1,9 +1,10 @@
 """A Llama-like decoder: the same code trains, scores, prefills and decodes.
 
-`Decoder` is an `nnx.Module` used as an immutable typed pytree: built once, never assigned after, passed
-through `jax.*` transformations only. Layers are stacked on a leading dimension L and scanned.
-Letters: B rows or slots, P prompts, T tokens, S cached keys, L layers, D width, K kv heads, G query heads per
-kv head, H head size, V vocabulary.
+`Decoder` is an `nnx.Module` used as an immutable typed pytree: built once, never assigned after,
+passed through `jax.*` transformations only. Layers are stacked on a leading dimension L and
+scanned.
+Letters: B rows or slots, P prompts, T tokens, S cached keys, L layers, D width, K kv heads, G query
+heads per kv head, H head size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flax import nnx
 
 from models import layers as block
 from models.activations import constrain_rows
-from models.cache import KEY_BLOCK, KVCache, block_keys, narrow, widen, write_token
+from models.cache import KEY_BLOCK, KVCache, block_keys, prefix, widen, write_token
 from models.config import ModelConfig
 from models.embedding import embed
 from models.parameters import Parameter, outer_table, stacked_layer_table
@@ -37,13 +38,15 @@ class Layers(nnx.Module):
     k_norm: jax.Array | None = nnx.data()  # [L, H]
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: Any) -> None:
+        """Fresh parameters of all layers in `dtype`."""
         _fill(
             self, stacked_layer_table(config), key, dtype, optional=("qkv_bias", "q_norm", "k_norm")
         )
 
 
 class Decoder(nnx.Module):
-    """The policy: parameters as typed attributes beside the configuration that gives them meaning."""
+    """The policy: parameters as typed attributes beside the configuration that gives them
+    meaning."""
 
     config: ModelConfig
     embedding: jax.Array = nnx.data()  # [V, D]
@@ -52,6 +55,7 @@ class Decoder(nnx.Module):
     head: jax.Array | None = nnx.data()  # [V, D]; None: the embedding serves as head
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> None:
+        """Fresh parameters in `dtype`, as `models.parameters` declares them."""
         outer, inner = jax.random.split(key)
         self.config = config
         _fill(self, outer_table(config), outer, dtype, optional=("head",))
@@ -114,9 +118,11 @@ def hidden_states(
 
 
 def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of right-padded prompts tokens [P, T], stacked over L, in the layout of the cache.
+    """Keys and values of right-padded prompts tokens [P, T], stacked over L, in the layout of the
+    cache.
 
-    keys [L, P, K, T'/KEY_BLOCK, H, KEY_BLOCK] with T rounded up to T', values [L, P, K, T, H]. Attention is causal, so what stands right of a prompt cannot reach it.
+    keys [L, P, K, T'/KEY_BLOCK, H, KEY_BLOCK] with T rounded up to T', values [L, P, K, T, H].
+    Attention is causal, so what stands right of a prompt cannot reach it.
     """
     config = policy.config
     tokens_of_row = jnp.arange(tokens.shape[1])
@@ -138,7 +144,8 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
 
 
 def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any) -> KVCache:
-    """The cache with the keys and values of every slot's first T tokens [B, T] made anew by `policy`.
+    """The cache with the keys and values of every slot's first T tokens [B, T] made anew by
+    `policy`.
 
     T is a multiple of `models.cache.KEY_BLOCK`, or S. What stands past T stays as it is.
     """
@@ -162,30 +169,29 @@ def decode_step(
     dtype: Any,
     kv_limit: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Hidden states [B, D] after one more token per slot, and the cache that holds its key and value.
+    """Hidden states [B, D] after one more token per slot, and the cache that holds its key and
+    value.
 
-    tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. kv_limit (static; None: S) is how many
-    keys are read: the caller vouches that every live slot's position is below it. It costs a copy in each step;
-    in a loop, `models.cache.narrow` before and `widen` after is cheaper. Layers are unrolled: a scan would copy
-    each layer's weights and cache in every step.
+    tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. kv_limit (static; None: S)
+    is how many keys are read: the caller vouches that every live slot's position is below it. It
+    copies what it reads; in a loop, `models.cache.narrow` before and `widen` after copies once.
+    Layers are unrolled: a scan would copy each layer's weights and cache in every step.
     """
-    if kv_limit is not None and kv_limit < cache.max_tokens:
-        part = narrow(cache, kv_limit)
-        hidden, part = decode_step(policy, part, tokens, positions, dtype=dtype)
-        return hidden, widen(part, cache)
     config = policy.config
     tables = block.rope_tables(
         positions[:, None], cache.max_tokens, config.head_size, config.rope_theta
     )
     x = constrain_rows(embed(policy.embedding, tokens[:, None]).astype(dtype))
     all_keys, all_values = list(cache.keys), list(cache.values)
+    limit = cache.max_tokens if kv_limit is None else kv_limit
     for i in range(config.num_layers):
         layer: Layers = jax.tree.map(lambda stacked, i=i: stacked[i], policy.layers)
         q, k, v = _project(layer, config, x, None if i in config.no_rope_layers else tables)
         all_keys[i], all_values[i] = write_token(
             all_keys[i], all_values[i], k[:, 0], v[:, 0], positions
         )
-        heads = block.cached_attention(q[:, 0], all_keys[i], all_values[i], positions)
+        seen = prefix(all_keys[i], all_values[i], limit)
+        heads = block.cached_attention(q[:, 0], *seen, positions)
         x = x + _attention_out(layer, heads[:, None])
         x = constrain_rows(x + _mlp(layer, config, x))
     hidden = block.rms_norm(x[:, 0], policy.final_norm, config.norm_eps)
@@ -215,7 +221,8 @@ def _project(
     x: jax.Array,
     tables: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, K, G, H], k and v [B, T, K, H] of x [B, T, D]; tables [B or 1, T, H/2], None: no rotation."""
+    """q [B, T, K, G, H], k and v [B, T, K, H] of x [B, T, D]; tables [B or 1, T, H/2], None: no
+    rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
         qkv = jnp.einsum("btd,dkgh->btkgh", normed, layer.qkv.astype(x.dtype))

@@ -1,7 +1,8 @@
 """From hidden states to logits and to the log-probability and entropy of chosen tokens.
 
-The [B, T, V] logits of a batch are larger than everything else in the step, so they exist only for a chunk of
-tokens at a time, in forward and in backward. Letters: B rows, T tokens, D width, V vocabulary.
+The [B, T, V] logits of a batch are larger than everything else in the step, so they exist only for
+a chunk of tokens at a time, in forward and in backward. Letters: B rows, T tokens, D width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def target_logprobs(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of targets [B, T] and entropy of their distribution, both float32 [B, T].
 
-    The distribution is softmax(logits / temperature); hidden is [B, T, D]. At most about `chunk_tokens` tokens
-    (at least one per row) have logits at the same time: chunks run along T, so rows stay where they are sharded.
+    The distribution is softmax(logits / temperature); hidden is [B, T, D]. At most about
+    `chunk_tokens` tokens (at least one per row) have logits at the same time: chunks run along T,
+    so rows stay where they are sharded.
     """
     rows, tokens = targets.shape
     chunks = -(-tokens // max(1, chunk_tokens // rows))
@@ -87,7 +89,8 @@ def _chunk(
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """[B, t, V] bool; a comparison instead of a gather, so that a vocabulary split over devices stays split."""
+    """[B, t, V] bool; a comparison instead of a gather, so that a vocabulary split over devices
+    stays split."""
     vocabulary = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     return vocabulary == targets[..., None]
 
@@ -98,10 +101,11 @@ def _chunked_forward(matrix: jax.Array, hidden: jax.Array, targets: jax.Array, s
 
 
 def _chunked_backward(saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):
-    """Recompute each chunk's logits z; with p = softmax(z): dz = a (onehot - p) - b p (log p + entropy).
+    """Recompute each chunk's logits z; with p = softmax(z): dz = a (onehot - p) - b p (log p +
+    entropy).
 
-    a and b are the cotangents of log-probability and entropy. `scale` takes no gradient: temperature is
-    a setting.
+    a and b are the cotangents of log-probability and entropy. `scale` takes no gradient:
+    temperature is a setting.
     """
     matrix, hidden, targets, scale, log_sum, entropy = saved
 

@@ -1,8 +1,8 @@
 """The sub-blocks of a decoder layer as pure functions of arrays.
 
 Norms, rotary angles and softmax run in float32 whatever the compute dtype.
-Letters: B rows, T tokens, S cached keys, D width, K kv heads, G query heads per kv head (N / K), H head size,
-F ffw.
+Letters: B rows, T tokens, S cached keys, D width, K kv heads, G query heads per kv head (N / K), H
+head size, F ffw.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def rope_tables(
     positions: jax.Array, length: int, head_size: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [..., H/2] float32 of positions [...], all below `length`; frequency i is theta^(-2i/H).
+    """Cosine and sine [..., H/2] float32 of positions [...], all below `length`; frequency i is
+    theta^(-2i/H).
 
-    Looked up in a table of `length` rows: computed in place, the compiler repeats the cosines in every use.
-    Source: arXiv:2104.09864 eq. 15, in the "rotate half" order of Hugging Face (pairs i and i + H/2).
+    Looked up in a table of `length` rows: computed in place, the compiler repeats the cosines in
+    every use.
+    Source: arXiv:2104.09864 eq. 15, in the "rotate half" order of Hugging Face (pairs i and i +
+    H/2).
     """
     half = head_size // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -43,7 +46,8 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """x [..., H] turned by tables that broadcast against [..., H/2]; float32 inside, x's dtype outside."""
+    """x [..., H] turned by tables that broadcast against [..., H/2]; float32 inside, x's dtype
+    outside."""
     with jax.named_scope("rope"):
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
@@ -74,7 +78,8 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B, T, T] -> [B, T, K, G, H]."""
+    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B, T, T] -> [B, T, K,
+    G, H]."""
     with jax.named_scope("attention"):
         scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
         scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
@@ -85,7 +90,8 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
 def cached_attention(
     q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G, H].
+    """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G,
+    H].
 
     keys [B, K, n, H, S/n] in n blocks and values [B, K, S, H], as `models.cache` lays them out.
     """

@@ -1,6 +1,7 @@
 """Every parameter of a decoder, declared once: shape, logical axes, initialiser.
 
-Initial values, abstract shapes, shardings and the weight-decay mask all derive from these two tables.
+Initial values, abstract shapes, shardings and the weight-decay mask all derive from these two
+tables.
 Letters: L layers, D width, K kv heads, G query heads per kv head, H head size, F ffw, V vocabulary.
 """
 
@@ -44,9 +45,9 @@ def layer_table(config: ModelConfig) -> dict[str, Parameter]:
     """Parameters of one layer, by attribute name of `models.decoder.Layers`.
 
     Query, key and value projections are one matrix grouped by kv head: entries 0..G-1 of the group
-    dimension are the queries that share the head, G its key, G+1 its value; gate and up are one likewise.
-    One product instead of three, and a split over kv heads keeps each group on one device.
-    Projections into the residual stream start 1 / sqrt(2 L) smaller (GPT-2, section 2.3).
+    dimension are the queries that share the head, G its key, G+1 its value; gate and up are one
+    likewise. One product instead of three, and a split over kv heads keeps each group on one
+    device. Projections into the residual stream start 1 / sqrt(2 L) smaller (GPT-2, section 2.3).
     """
     d, k, h, f = config.width, config.num_kv_heads, config.head_size, config.ffw_size
     g, depth = config.num_heads // k, 2 * config.num_layers

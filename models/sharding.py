@@ -1,8 +1,10 @@
-"""Where arrays live: one mesh, one table from logical axis to mesh axis, and what follows from them.
+"""Where arrays live: one mesh, one table from logical axis to mesh axis, and what follows from
+them.
 
-Mesh axes: `data` replicates the parameters, `fsdp` splits parameters and rows, `tensor` splits heads, ffw and
-vocabulary. Axes are Auto: shardings are given at the edges and by `constrain_rows`, the compiler does the rest.
-Run programs that contain activations inside `jax.set_mesh(mesh)`, or the constraints are not applied.
+Mesh axes: `data` replicates the parameters, `fsdp` splits parameters and rows, `tensor` splits
+heads, ffw and vocabulary. Axes are Auto: shardings are given at the edges and by `constrain_rows`,
+the compiler does the rest. Run programs that contain activations inside `jax.set_mesh(mesh)`, or
+the constraints are not applied.
 """
 
 from __future__ import annotations
@@ -32,17 +34,19 @@ LOGICAL_TO_MESH: dict[str, str] = {
 
 
 def make_mesh(
-    devices: Sequence[jax.Device] | np.ndarray, *, data: int = 1, fsdp: int = 1, tensor: int = 1
+    devices: Sequence[Any] | np.ndarray, *, data: int = 1, fsdp: int = 1, tensor: int = 1
 ) -> Mesh:
-    """Mesh (data, fsdp, tensor) over exactly data * fsdp * tensor devices, tensor innermost, all axes Auto.
+    """Mesh (data, fsdp, tensor) over exactly data * fsdp * tensor devices, tensor innermost, all
+    axes Auto.
 
     Raises: ValueError when the product is not the number of devices.
     """
     grid = np.asarray(devices)
     if min(data, fsdp, tensor) < 1 or grid.size != data * fsdp * tensor:
         raise ValueError(
-            f"a mesh of data={data} * fsdp={fsdp} * tensor={tensor} needs {data * fsdp * tensor} devices, "
-            f"but {grid.size} were given; every factor is at least 1 and their product must be {grid.size}"
+            f"a mesh of data={data} * fsdp={fsdp} * tensor={tensor} needs "
+            f"{data * fsdp * tensor} devices, but {grid.size} were given; every factor is at least "
+            f"1 and their product must be {grid.size}"
         )
     return Mesh(grid.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
@@ -50,8 +54,8 @@ def make_mesh(
 def _mesh_axis(name: str, dim: str | None, size: int, mesh: Mesh) -> str | None:
     """Mesh axis for one dimension of one parameter.
 
-    A vocabulary that the axis does not divide is replicated: its size is given by the tokenizer, so there is
-    nothing the user could choose. Any other indivisible dimension is an error.
+    A vocabulary that the axis does not divide is replicated: its size is given by the tokenizer, so
+    there is nothing the user could choose. Any other indivisible dimension is an error.
     """
     if dim is None:
         return None
@@ -84,7 +88,8 @@ def policy_shardings(config: ModelConfig, mesh: Mesh) -> Decoder:
 
 
 def decay_mask(config: ModelConfig) -> Decoder:
-    """A Decoder of bools: True for the matrices that weight decay applies to (not norms, biases, embeddings)."""
+    """A Decoder of bools: True for the matrices that weight decay applies to (not norms, biases,
+    embeddings)."""
     table = outer_table(config) | stacked_layer_table(config)
     return map_parameters(lambda name, _: table[name].decayed, config)
 
@@ -99,7 +104,10 @@ def map_parameters(make: Callable[[str, Any], Any], config: ModelConfig) -> Any:
 
 
 def init_sharded(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any) -> Decoder:
-    """A fresh Decoder whose arrays are made on their own devices; the same values on every mesh."""
+    """A fresh Decoder whose arrays are made on their own devices.
+
+    The same values on every mesh, up to the last bit of float32.
+    """
     make = partial(Decoder, config, dtype=dtype)
     return jax.jit(make, out_shardings=policy_shardings(config, mesh))(key)
 

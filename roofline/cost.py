@@ -4,8 +4,7 @@ Conventions, printed in every report:
   - flops are those of matrix products (a multiply-add is two), as many as the program executes:
     attention over the full packed row or the cache window actually read (nothing saved by the
     causal mask), the head on every scored token and its padding, recomputation where backward
-    recomputes. Attention over a cache counts 4 B S N H although it runs as multiply and reduce.
-    Other elementwise work appears as bytes.
+    recomputes. Elementwise work appears as bytes.
   - hbm_bytes counts each operand of each kernel once; a fused elementwise pass is one kernel.
   - link_bytes is what one device sends: an all-gather or reduce-scatter of A bytes over n devices
     sends A (n-1)/n, an all-reduce twice that (scaling book, gpus chapter).
@@ -29,6 +28,7 @@ from roofline.kernels import (
     passes,
     product,
     reduce_scatter,
+    round_up,
     shard,
     streaming,
 )
@@ -41,6 +41,9 @@ __all__ = [
 
 Remat = Literal["none", "block"]
 
+KV_BLOCK_TOKENS = 32
+"""The cache is read in blocks of so many tokens; equals models.cache.KEY_BLOCK."""
+
 
 def prefill(model: ModelConfig, layout: Layout, rows: int, tokens: int) -> PhaseCost:
     """Keys and values of `rows` prompts padded to `tokens`: every layer, no head."""
@@ -52,14 +55,30 @@ def prefill(model: ModelConfig, layout: Layout, rows: int, tokens: int) -> Phase
     return _cost(Phase.PREFILL, work, layout, dispatches=1)
 
 
-def decode(model: ModelConfig, layout: Layout, slots: int, kv_len: int, steps: int) -> PhaseCost:
-    """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens."""
+def decode(
+    model: ModelConfig,
+    layout: Layout,
+    slots: int,
+    kv_len: int,
+    steps: int,
+    capacity: int | None = None,
+) -> PhaseCost:
+    """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens.
+
+    `capacity`: tokens a slot has room for; where it exceeds `kv_len`, the part that is read is
+    copied out before the chunk and back after it. Both are rounded up to the cache's blocks.
+    """
     local = ceil_div(slots, layout.row_shards)
     part = shard(model, layout)
+    read = round_up(kv_len, KV_BLOCK_TOKENS)
     step = _embed(local, part, layout)
-    step += _layer(model, part, layout, local, 1, cached=kv_len).times(model.num_layers)
+    step += _layer(model, part, layout, local, 1, cached=read).times(model.num_layers)
     step += _head(local, part, layout) + _sample(local, model, part)
-    return _cost(Phase.DECODE, step.times(steps), layout, dispatches=1)
+    work = step.times(steps)
+    if capacity is not None and round_up(capacity, KV_BLOCK_TOKENS) > read:
+        cached = 2 * model.num_layers * local * read * part.kv
+        work += passes(4 * cached, layout.kv_bytes, 4 * model.num_layers)
+    return _cost(Phase.DECODE, work, layout, dispatches=1)
 
 
 def score(
@@ -238,10 +257,10 @@ def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work
     read = Work(
         flops=4.0 * scores * part.query / part.heads,
         hbm_bytes=float(2 * layout.kv_bytes * rows * keys * part.kv),
-        launches=4,
+        launches=2,
     )
     write = passes(2 * rows * part.kv, layout.kv_bytes, 2)
-    return streaming(read) + write + passes(4 * scores, FLOAT32_BYTES, 2)
+    return streaming(read) + write + passes(4 * scores, FLOAT32_BYTES, 4)
 
 
 def _embed(tokens: int, part: Shard, layout: Layout) -> Work:

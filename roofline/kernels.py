@@ -161,6 +161,11 @@ def ceil_div(amount: int, parts: int) -> int:
     return -(-amount // parts)
 
 
+def round_up(amount: int, block: int) -> int:
+    """The smallest multiple of `block` that holds `amount`."""
+    return ceil_div(amount, block) * block
+
+
 def product(rows: int, inner: int, columns: int, value_bytes: int, batch: int = 1) -> Work:
     """[rows, inner] x [inner, columns], `batch` times: 2 m k n flops, (m k + k n + m n) values."""
     return Work(

@@ -38,6 +38,8 @@ class Workload:
     """Type of the matrix products, of the cache and of the rollout's weights."""
     remat: Remat = "none"
     """What backward recomputes."""
+    reference: bool = False
+    """Whether log-probabilities under a reference are part of a step."""
 
 
 def processor() -> str:

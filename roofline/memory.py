@@ -8,8 +8,8 @@ recomputation one residual per layer.
 from __future__ import annotations
 
 from models.config import ModelConfig
-from roofline.cost import Remat, held_parameters
-from roofline.kernels import FLOAT32_BYTES, Layout, ceil_div, shard
+from roofline.cost import KV_BLOCK_TOKENS, Remat, held_parameters
+from roofline.kernels import FLOAT32_BYTES, Layout, ceil_div, round_up, shard
 
 
 def memory_per_device(
@@ -58,10 +58,9 @@ def memory_per_device(
 
 
 def kv_cache_bytes(model: ModelConfig, layout: Layout, slots: int, max_len: int) -> int:
-    """Keys and values of one device: 2 L B' S K' H bytes; kv heads are copied when fewer than
-    devices."""
-    local = ceil_div(slots, layout.row_shards)
-    return 2 * model.num_layers * local * max_len * shard(model, layout).kv * layout.kv_bytes
+    """Keys and values of one device, 2 L B' S K' H values; S rounded up to the cache's blocks."""
+    values = model.num_layers * ceil_div(slots, layout.row_shards) * shard(model, layout).kv
+    return 2 * values * round_up(max_len, KV_BLOCK_TOKENS) * layout.kv_bytes
 
 
 def _activation_bytes(

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder that training wrote")
     folder = parser.parse_args(arguments).run
     try:
-        paths = write_report(folder)
+        paths = write(folder)
     except (OSError, ValueError) as error:
         print(f"roofline.report: {error}", file=sys.stderr)
         return 2
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_report(folder: Path) -> tuple[Path, Path]:
+def write(folder: Path) -> tuple[Path, Path]:
     """Write report.md and report.html into a run folder and return their paths.
 
     Raises:

@@ -20,6 +20,7 @@ COLOURS: Mapping[Phase, str] = {
     Phase.PUBLISH: "#b5a03a",
     Phase.EVAL: "#b8578f",
     Phase.CHECKPOINT: "#8c7b6b",
+    Phase.COMPILE: "#5b6470",
     Phase.WAIT_BATCH: "#9a9a9a",
     Phase.WAIT_LEARNER: "#9a9a9a",
 }

@@ -31,6 +31,7 @@ from jaxrl.rollout.sampling import (
 )
 from jaxrl.observe import Observer
 from jaxrl.types import Completion, Finish, Snapshot
+from models.cache import KEY_BLOCK
 from models.config import ModelConfig
 from models.decoder import prefill
 from models.sharding import cache_shardings
@@ -294,8 +295,9 @@ class RolloutEngine:
         return finished
 
     def _kv_limit(self, longest: int) -> int:
-        bucket = _bucket(-(-self.max_tokens // KV_BUCKETS), SMALLEST_BUCKET)
-        return min(-(-longest // bucket) * bucket, self.max_tokens)
+        capacity = self._slots.cache.max_tokens
+        bucket = -(-capacity // (KV_BUCKETS * KEY_BLOCK)) * KEY_BLOCK
+        return min(-(-longest // bucket) * bucket, capacity)
 
 
 def _completion(live: _Live) -> Completion:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.cache import KVCache, init_cache, insert_prompts
+from models.cache import KVCache, init_cache, insert_prompts, narrow, widen
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, recompute
 from models.head import head_logits
@@ -128,8 +128,10 @@ def decode_chunk(
     """Up to `steps` decode steps over all slots in one loop; ends early when every slot is idle.
 
     `kv_limit` bounds the cached positions that attention reads: at least the longest live sequence plus
-    `steps`. Idle slots are computed and ignored.
+    `steps`. The cache is cut to it once before the loop. Idle slots are computed and ignored.
     """
+    whole = slots.cache
+    slots = replace(slots, cache=narrow(whole, kv_limit))
     num_slots = slots.positions.shape[0]
     rows = jnp.arange(num_slots)
 
@@ -137,9 +139,7 @@ def decode_chunk(
         step, slots, chunk = carry
         alive = slots.remaining > 0
         inputs = slots.tokens[rows, slots.positions]
-        hidden, cache = decode_step(
-            policy, slots.cache, inputs, slots.positions, dtype=dtype, kv_limit=kv_limit
-        )
+        hidden, cache = decode_step(policy, slots.cache, inputs, slots.positions, dtype=dtype)
         logits = head_logits(policy, hidden, dtype=dtype)
         token, logprob = sample_tokens(logits, slots, filtered=filtered, greedy=greedy)
         stopped = jnp.any(token[:, None] == slots.stop_ids, axis=-1)
@@ -174,7 +174,7 @@ def decode_chunk(
         one_step,
         (jnp.int32(0), slots, empty),
     )
-    return slots, chunk
+    return replace(slots, cache=widen(slots.cache, whole)), chunk
 
 
 def recompute_cache(policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype) -> Slots:
@@ -230,10 +230,11 @@ def admit(
 def empty_slots(
     config: ModelConfig, *, num_slots: int, max_tokens: int, num_stop_ids: int, dtype: jnp.dtype
 ) -> Slots:
-    """`num_slots` idle slots for sequences of at most `max_tokens` tokens."""
+    """`num_slots` idle slots for sequences of at least `max_tokens` tokens (the cache rounds up)."""
+    cache = init_cache(config, num_slots, max_tokens, dtype)
     return Slots(
-        cache=init_cache(config, num_slots, max_tokens, dtype),
-        tokens=jnp.zeros((num_slots, max_tokens), jnp.int32),
+        cache=cache,
+        tokens=jnp.zeros((num_slots, cache.max_tokens), jnp.int32),
         positions=jnp.zeros(num_slots, jnp.int32),
         remaining=jnp.zeros(num_slots, jnp.int32),
         keys=jnp.zeros((num_slots, 2), jnp.uint32),

@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--row-tokens", type=int, default=64, help="length of a packed row")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--budget-s", type=float, default=60.0, help="time to spend [s]")
+    parser.add_argument("--quick", action="store_true", help="only what a run needs; no check")
     parser.add_argument("--out", type=Path, help="write the hardware as JSON here")
     options = parser.parse_args()
     workload = Workload(
@@ -40,7 +41,9 @@ def main() -> None:
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"--model {options.model}: {error}")
     begin = time.perf_counter()
-    hardware = calibrate(model, workload=workload, budget_s=options.budget_s, verify=True)
+    hardware = calibrate(
+        model, workload=workload, budget_s=options.budget_s, thorough=not options.quick
+    )
     print(describe(hardware))
     print(f"measured in {time.perf_counter() - begin:.1f} s")
     if options.out:

@@ -13,7 +13,7 @@ import jax
 
 from models.config import ModelConfig
 from roofline.calibrate.micro import measure_device, versions
-from roofline.calibrate.programs import Probe, probes
+from roofline.calibrate.programs import Probe, lane_mate, probes
 from roofline.calibrate.timing import Device, Run, medians, seconds, timed
 from roofline.fit import Sample, fit_all, held_out_ratios
 from roofline.hardware import Hardware
@@ -58,13 +58,13 @@ def calibrate(
     workload: Workload | None = None,
     devices: Sequence[Device] | None = None,
     budget_s: float = 30.0,
-    verify: bool = False,
+    thorough: bool = False,
 ) -> Hardware:
     """Measure `devices[0]` and its links; with a model also its phases at the workload's shapes.
 
     `budget_s` bounds the time: programs that do not fit in it are left out and named in `source`,
-    and their phases keep the micro-benchmarks' shares. `verify` also runs shapes that are not fitted
-    and stores predicted / measured in `held_out`.
+    and their phases keep the micro-benchmarks' shares. `thorough` fits more shapes, runs others that
+    are not fitted, and stores predicted / measured of those in `held_out`.
     """
     begin, workload = time.perf_counter(), workload or Workload()
     devices = list(devices or jax.devices())
@@ -72,7 +72,7 @@ def calibrate(
     if model is None:
         return hardware
     small = _shallow(model)
-    wanted = [p for p in probes(small, workload, devices[0]) if verify or not p.held_out]
+    wanted = probes(small, workload, devices[0], thorough=thorough)
     made, left_out = _compile(wanted, begin + COMPILE_SHARE * budget_s)
     times = medians([run for _, run in made], begin + budget_s)
     fitted, held_out = [], []
@@ -103,11 +103,11 @@ def _compile(
 ) -> tuple[list[tuple[Probe, Run]], list[str]]:
     """Programs ready to run, compiled side by side, and the names of those left out.
 
-    The first program of each kind that matters most is compiled whatever the deadline.
+    The first two, training and decoding, are compiled whatever the deadline.
     """
 
     def make(position: int) -> Run | None:
-        if position > 0 and time.perf_counter() > deadline_s:
+        if position >= COMPILE_THREADS and time.perf_counter() > deadline_s:
             return None
         return wanted[position].make()
 
@@ -131,10 +131,8 @@ def _contention(
     """
     if devices[0].platform != "cpu" and len(devices) > 1:
         return 1.0
-    decode = made[0][1]
-    other = next(
-        p for p in probes(model, workload, devices[-1]) if p.cost.phase == Phase.SCORE
-    ).make()
+    decode = next(run for probe, run in made if probe.cost.phase != Phase.TRAIN)
+    other = lane_mate(model, workload, devices[-1])
     alone = [seconds(decode), seconds(other)]
     together = _side_by_side([decode, other])
     slower = [max(1.0, both / one) for both, one in zip(together, alone, strict=True)]

@@ -10,12 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from models.config import ModelConfig
 from roofline.calibrate.timing import Device, Run, caller, replacer, seconds
 from roofline.datasheets import datasheet_of_device
 from roofline.hardware import DTYPE_BYTES, Efficiency, Hardware
 from roofline.machine import Workload, host_memory_bytes, processor
+
+CHAIN_FLOPS = 1e9
+"""Work of one timed chain of products: some milliseconds on a CPU, far above a dispatch."""
 
 
 def versions(device: Device) -> dict[str, str]:
@@ -99,12 +103,14 @@ def _bytes_per_s(platform: str) -> float:
 
 def product_rate(rows: int, inner: int, columns: int, dtype: Any) -> float:
     """FLOP/s of [rows, inner] x [inner, columns] and back, chained inside one program."""
-    key = jax.random.key(0)
-    x = jax.random.normal(key, (rows, inner)).astype(dtype)
-    there = (jax.random.normal(key, (inner, columns)) * inner**-0.5).astype(dtype)
-    back = (jax.random.normal(key, (columns, inner)) * columns**-0.5).astype(dtype)
+    draw = np.random.default_rng(0)
+
+    def matrix(*shape: int) -> jax.Array:
+        return jnp.asarray(draw.standard_normal(shape, np.float32) * shape[0] ** -0.5, dtype)
+
+    x, there, back = matrix(rows, inner), matrix(inner, columns), matrix(columns, inner)
     flops = 4.0 * rows * inner * columns
-    length = max(2, min(64, int(2e9 / flops)))
+    length = max(2, min(64, int(CHAIN_FLOPS / flops)))
 
     @jax.jit
     def chain(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:

@@ -7,18 +7,19 @@ copy), because fixed times and fusion decide the speed of small models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from models.cache import init_cache
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, hidden_states, prefill
+from models.decoder import Decoder, abstract_decoder, decode_step, hidden_states, prefill
 from models.head import head_logits, target_logprobs
 from roofline import cost
 from roofline.calibrate.timing import Device, Run, caller, replacer
@@ -39,28 +40,49 @@ class Probe:
     """True: not fitted, but used to check the fit."""
 
 
-def probes(model: ModelConfig, w: Workload, device: Device) -> list[Probe]:
-    """All programs in the order in which they matter, those that only check the fit last."""
+def probes(
+    model: ModelConfig, w: Workload, device: Device, *, thorough: bool = False
+) -> list[Probe]:
+    """Programs in the order in which they matter.
+
+    A run's micro-batches and slots never change shape, so these shapes suffice for it; `thorough` adds
+    others, fitted and held out, which show how far the fit carries.
+    """
     half_rows, half_tokens = max(1, w.rows // 2), max(2, w.row_tokens // 2)
-    quarter = max(1, w.slots // 4)
-    kv_half = max(2, w.kv_len // 2)
+    quarter, kv_half = max(1, w.slots // 4), max(2, w.kv_len // 2)
     make = _Maker(model, w, device)
-    return [
-        make.decode(w.slots, w.kv_len),
+    needed = [
         make.train(w.rows, w.row_tokens),
+        make.decode(w.slots, w.kv_len),
         make.optimizer(),
         make.publish(),
+        make.decode(w.slots, kv_half),
+        make.prefill(quarter, kv_half),
+    ]
+    if w.reference or thorough:
+        needed.append(make.score(w.rows, w.row_tokens))
+    if not thorough:
+        return _distinct(needed)
+    more = [
         make.decode(quarter, w.kv_len),
         make.train(half_rows, half_tokens),
-        make.prefill(quarter, kv_half),
-        make.score(w.rows, w.row_tokens),
-        make.decode(w.slots, kv_half),
         make.score(half_rows, half_tokens),
         make.decode(max(1, w.slots // 2), max(2, 3 * w.kv_len // 4), held_out=True),
         make.train(half_rows, w.row_tokens, held_out=True),
         make.score(half_rows, w.row_tokens, held_out=True),
         make.prefill(max(1, quarter // 2), w.kv_len, held_out=True),
     ]
+    return _distinct([*needed, *more])
+
+
+def _distinct(several: Sequence[Probe]) -> list[Probe]:
+    """Each cost once: shapes that the cache's blocks round to the same are the same."""
+    return list({probe.cost: probe for probe in reversed(several)}.values())[::-1]
+
+
+def lane_mate(model: ModelConfig, w: Workload, device: Device) -> Run:
+    """A program of the learner's kind on `device`: half a micro-batch forward."""
+    return _Maker(model, w, device).score(max(1, w.rows // 2), w.row_tokens).make()
 
 
 class _Maker:
@@ -72,9 +94,8 @@ class _Maker:
         kind = workload.dtype
         self.learner = Layout(compute_dtype=kind, kv_dtype=kind)
         self.rollout = Layout(compute_dtype=kind, kv_dtype=kind, param_dtype=kind)
-        with jax.default_device(device):
-            self.policy = Decoder(model, jax.random.key(0))
-            self.snapshot = jax.tree.map(lambda x: x.astype(self.dtype), self.policy)
+        self.policy = jax.device_put(random_weights(model), device)
+        self.snapshot = jax.tree.map(lambda x: x.astype(self.dtype), self.policy)
 
     def decode(self, slots: int, kv_len: int, *, held_out: bool = False) -> Probe:
         steps = self.workload.chunk_steps
@@ -82,7 +103,7 @@ class _Maker:
 
         def make() -> Run:
             with jax.default_device(self.device):
-                cache = init_cache(self.model, slots, self.workload.kv_len, self.dtype)
+                cache = init_cache(self.model, slots, kv_len, self.dtype)
                 zeros = jnp.zeros(slots, jnp.int32)
                 program = jax.jit(
                     partial(decode_chunk, steps=steps, kv_len=kv_len, dtype=self.dtype),
@@ -141,8 +162,9 @@ class _Maker:
                 policy = jax.tree.map(jnp.copy, self.policy)
                 gradients = jax.tree.map(jnp.ones_like, policy)
                 program = jax.jit(partial(apply, optimizer=adamw), donate_argnums=0)
-                state = (policy, adamw.init(policy))
-                return replacer(program.lower(state, gradients).compile(), state, gradients)
+                with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
+                    state = (policy, adamw.init(policy))
+                    return replacer(program.lower(state, gradients).compile(), state, gradients)
 
         return Probe(name="optimizer", cost=cost.optimizer(self.model, self.learner), make=make)
 
@@ -156,6 +178,17 @@ class _Maker:
             return caller(lambda: jax.device_put(cast(self.policy), target))
 
         return Probe(name="publish", cost=work, make=make)
+
+
+def random_weights(model: ModelConfig) -> Decoder:
+    """Normal matrices and unit norms, made on the host: far quicker than compiling initialisers."""
+    draw = np.random.default_rng(0)
+
+    def fill(array: jax.ShapeDtypeStruct) -> np.ndarray:
+        values = draw.standard_normal(array.shape, np.float32) * model.width**-0.5
+        return values if len(array.shape) > 2 else np.ones_like(values)
+
+    return jax.tree.map(fill, abstract_decoder(model))
 
 
 def packed(rows: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -172,7 +205,7 @@ def decode_chunk(
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, cache, tokens, positions, _ = carry
-        hidden, cache = decode_step(policy, cache, tokens, positions, dtype=dtype, kv_limit=kv_len)
+        hidden, cache = decode_step(policy, cache, tokens, positions, dtype=dtype)
         logprobs = jax.nn.log_softmax(head_logits(policy, hidden, dtype=dtype), axis=-1)
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions * slots + jnp.arange(slots))
         total = jnp.cumsum(jnp.exp(logprobs), axis=-1)

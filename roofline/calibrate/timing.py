@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-WARM_UPS, ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 2, 7, 3, 9
+WARM_UPS, ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 3, 7
 
 Device = Any
 """A jax.Device, which is no type to a type checker."""

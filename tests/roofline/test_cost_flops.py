@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.cache import init_cache
+from models.cache import KEY_BLOCK, init_cache
 from models.config import ModelConfig
 from models.decoder import (
     abstract_decoder,
@@ -130,8 +130,8 @@ def test_prefill_flops_equal_the_prefill_program(model: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kv_len", [8, 24])
-def test_decode_flops_equal_the_step_and_its_attention(model: ModelConfig, kv_len: int) -> None:
+@pytest.mark.parametrize("kv_len", [8, 32, 40])
+def test_decode_flops_equal_the_step_program(model: ModelConfig, kv_len: int) -> None:
     slots, steps = 5, 4
 
     def step(policy: Any, cache: Any, tokens: Any, positions: Any) -> Any:
@@ -140,13 +140,19 @@ def test_decode_flops_equal_the_step_and_its_attention(model: ModelConfig, kv_le
         )
         return head_logits(policy, hidden, dtype=jnp.float32), cache
 
-    cache = jax.eval_shape(partial(init_cache, model, slots, 24, jnp.float32))
+    cache = jax.eval_shape(partial(init_cache, model, slots, 70, jnp.float32))
     of_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
-    products = flops_of(step, abstract_decoder(model), cache, of_slots, of_slots)
-    # attention over the cache is written as multiply and reduce, which the walker does not see
-    attention = 4 * model.num_layers * slots * kv_len * model.num_heads * model.head_size
+    once = flops_of(step, abstract_decoder(model), cache, of_slots, of_slots)
     predicted = cost.decode(model, Layout(), slots=slots, kv_len=kv_len, steps=steps)
-    assert predicted.flops == steps * (products + attention)
+    assert predicted.flops == steps * once
+
+
+def test_cutting_the_cache_for_a_chunk_costs_its_copies_and_no_flops() -> None:
+    whole = cost.decode(TINY, Layout(), slots=5, kv_len=32, steps=4, capacity=32)
+    cut = cost.decode(TINY, Layout(), slots=5, kv_len=32, steps=4, capacity=96)
+    held = kv_cache_bytes(TINY, Layout(), slots=5, max_len=32)
+    assert cut.hbm_bytes - whole.hbm_bytes == 4 * held  # out and back, each read and written
+    assert cut.flops == whole.flops
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -161,9 +167,11 @@ def test_parameter_counts_equal_the_tree(model: ModelConfig) -> None:
 def test_held_parameters_equal_one_devices_shards(
     model: ModelConfig, data: int, fsdp: int, tensor: int
 ) -> None:
-    mesh = make_mesh(jax.devices(), data=data, fsdp=fsdp, tensor=tensor) if (
-        data * fsdp * tensor == 8
-    ) else make_mesh(jax.devices()[:1])
+    mesh = (
+        make_mesh(jax.devices(), data=data, fsdp=fsdp, tensor=tensor)
+        if (data * fsdp * tensor == 8)
+        else make_mesh(jax.devices()[:1])
+    )
     layout = Layout(**dict(zip(("data", "fsdp", "tensor"), mesh.devices.shape, strict=True)))
     shapes = jax.tree.map(
         lambda array, sharding: math.prod(sharding.shard_shape(array.shape)),
@@ -183,4 +191,8 @@ def test_kv_cache_bytes_equal_the_arrays(dtype: str) -> None:
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     layout = Layout(kv_dtype=dtype)
     assert kv_cache_bytes(QWEN3_LIKE, layout, slots=6, max_len=20) == held
-    assert 6 * 20 * QWEN3_LIKE.kv_bytes_per_token(layout.kv_bytes) == held
+    assert 6 * KEY_BLOCK * QWEN3_LIKE.kv_bytes_per_token(layout.kv_bytes) == held
+
+
+def test_the_cache_is_read_in_the_blocks_that_the_model_stores() -> None:
+    assert cost.KV_BLOCK_TOKENS == KEY_BLOCK

@@ -20,7 +20,7 @@ from roofline.hardware import Hardware
 from roofline.phases import Phase, PhaseCost
 from roofline.predict import predict, stretched
 from roofline.read_run import Span, read_run
-from roofline.report import main, write_report
+from roofline.report import main, write
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
@@ -60,9 +60,20 @@ def run_dir(tmp_path: Path) -> Path:
         lines += [
             line(Phase.DECODE, "rollout", t, 1.0, step, cost=cost.decode(MODEL, layout, 64, 32, 8)),
             line(Phase.WAIT_BATCH, "learner", t, 0.2, step),
-            line(Phase.TRAIN, "learner", t + 0.2, 0.6, step, cost=cost.train(MODEL, layout, 64, 64)),
-            line(Phase.OPTIMIZER, "learner", t + 0.8, 0.1, step, cost=cost.optimizer(MODEL, layout)),
-            line(Phase.PUBLISH, "learner", t + 0.9, 0.05, step, cost=cost.publish(MODEL, layout, layout)),
+            line(
+                Phase.TRAIN, "learner", t + 0.2, 0.6, step, cost=cost.train(MODEL, layout, 64, 64)
+            ),
+            line(
+                Phase.OPTIMIZER, "learner", t + 0.8, 0.1, step, cost=cost.optimizer(MODEL, layout)
+            ),
+            line(
+                Phase.PUBLISH,
+                "learner",
+                t + 0.9,
+                0.05,
+                step,
+                cost=cost.publish(MODEL, layout, layout),
+            ),
             line(Phase.REWARD, "reward", t + 0.1, 0.3, step),
         ]
     metrics = [
@@ -101,7 +112,7 @@ class _Document(html.parser.HTMLParser):
 
 
 def test_the_html_is_balanced_and_refers_to_nothing_outside(run_dir: Path) -> None:
-    _, path = write_report(run_dir)
+    _, path = write(run_dir)
     document = _Document()
     document.feed(path.read_text())
     assert document.open == []
@@ -112,7 +123,7 @@ def test_the_html_is_balanced_and_refers_to_nothing_outside(run_dir: Path) -> No
 
 def test_both_reports_show_every_phase_with_its_bound_and_ratio(run_dir: Path) -> None:
     rows = {row.phase: row for row in phase_rows(read_run(run_dir))}
-    for path in write_report(run_dir):
+    for path in write(run_dir):
         text = path.read_text()
         for phase, row in rows.items():
             assert phase.value in text
@@ -158,7 +169,12 @@ def test_the_report_loads_no_jax_and_starts_quickly(run_dir: Path) -> None:
         "sys.exit(code or ('loaded ' + str(heavy) if heavy else 0))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "report.html" in done.stdout
@@ -177,7 +193,9 @@ def _no_hardware(folder: Path) -> None:
 
 
 def _wrong_phase(folder: Path) -> None:
-    (folder / "spans.jsonl").write_text('{"phase": "dreaming", "lane": "a", "start_s": 0, "duration_s": 1}\n')
+    (folder / "spans.jsonl").write_text(
+        '{"phase": "dreaming", "lane": "a", "start_s": 0, "duration_s": 1}\n'
+    )
 
 
 def _no_duration(folder: Path) -> None:
@@ -240,13 +258,13 @@ def test_a_torn_last_line_is_left_out_and_noted(run_dir: Path) -> None:
 def test_an_unfinished_run_without_summary_and_metrics_still_gets_a_report(run_dir: Path) -> None:
     for name in ("summary.json", "metrics.jsonl", "config.yaml"):
         (run_dir / name).unlink()
-    path, _ = write_report(run_dir)
+    path, _ = write(run_dir)
     assert "has not finished" in path.read_text()
 
 
 def test_text_of_the_run_is_escaped(run_dir: Path) -> None:
     hardware = dataclasses.replace(shared_cores(), name="<b>card</b> & co")
     hardware.save(run_dir / "hardware.json")
-    _, path = write_report(run_dir)
+    _, path = write(run_dir)
     assert "<b>card" not in path.read_text()
     assert "&lt;b&gt;card&lt;/b&gt; &amp; co" in path.read_text()

@@ -1,0 +1,1 @@
+"""Measurements of jaxrl, alone and beside other systems. See benchmarks/README.md."""

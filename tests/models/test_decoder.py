@@ -1,0 +1,256 @@
+"""Training, prefill and decode are one model; packing and padding change nothing."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.cache import KEY_BLOCK, init_cache, insert_prompts, narrow, widen
+from models.config import ModelConfig
+from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute
+
+F32_ATOL = 1e-5  # hidden states are of order 1; sums of up to 48 float32 terms in another order
+BF16_ATOL = 0.15  # 8 bits of mantissa through three layers; hidden states reach about 3
+GRAD_RTOL = 1e-4  # float32 sums over all tokens in another order
+F32 = jnp.float32
+
+TINY = ModelConfig(
+    vocab_size=61,
+    width=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    ffw_size=48,
+)
+VARIANTS = {
+    "grouped": TINY,
+    "one kv head": replace(TINY, num_kv_heads=1),
+    "every head its own": replace(TINY, num_kv_heads=4),
+    "qk_norm": replace(TINY, qk_norm=True),
+    "qkv_bias": replace(TINY, qkv_bias=True),
+    "nope": replace(TINY, no_rope_layers=(1,)),
+    "untied": replace(TINY, tied_embeddings=False),
+    "plain mlp": replace(TINY, gated_mlp=False),
+    "wide heads": replace(TINY, head_size=16),
+}
+
+
+def make(config, seed=0):
+    """A policy whose norms and biases are not at their neutral initial values."""
+    policy = Decoder(config, jax.random.key(seed))
+    leaves, tree = jax.tree.flatten(policy)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+def tokens_of(rows, length, seed=2):
+    return jax.random.randint(jax.random.key(seed), (rows, length), 0, TINY.vocab_size)
+
+
+def full(policy, tokens, dtype=F32):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return hidden_states(policy, tokens, positions, jnp.ones_like(tokens), dtype=dtype)
+
+
+@partial(jax.jit, static_argnames=("lengths", "slots", "dtype", "kv_limit"))
+def decode_from(policy, tokens, cache, *, lengths, slots, dtype=F32, kv_limit=None):
+    """Feed row b's tokens from position lengths[b] - 1 on into slots[b]; hidden [B, steps, D]."""
+    num_slots, rows, slots = cache.values[0].shape[0], np.arange(len(slots)), np.asarray(slots)
+
+    def step(cache, i):
+        at = jnp.asarray(lengths) - 1 + i
+        fed = jnp.zeros(num_slots, jnp.int32).at[slots].set(tokens[rows, at])
+        positions = jnp.zeros(num_slots, jnp.int32).at[slots].set(at)
+        hidden, cache = decode_step(policy, cache, fed, positions, dtype=dtype, kv_limit=kv_limit)
+        return cache, hidden[slots]
+
+    cache, hidden = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1] - max(lengths) + 1))
+    return hidden.transpose(1, 0, 2), cache
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cached_decode_equals_the_full_forward(name):
+    policy, tokens = make(VARIANTS[name]), tokens_of(3, 40)
+    lengths, slots = (5, 2, 7), (4, 0, 2)
+    keys, values = prefill(policy, tokens[:, :7], dtype=F32)
+    cache = init_cache(policy.config, 5, 40, F32)
+    cache = insert_prompts(cache, keys, values, jnp.arange(3), jnp.asarray(slots))
+    decoded, _ = decode_from(policy, tokens, cache, lengths=lengths, slots=slots)
+    reference = full(policy, tokens)
+    for row, length in enumerate(lengths):
+        expected = reference[row, length - 1 : length - 1 + decoded.shape[1]]
+        np.testing.assert_allclose(decoded[row], expected, atol=F32_ATOL)
+
+
+def test_cached_decode_in_bfloat16_stays_near_the_float32_forward():
+    policy, tokens = make(TINY), tokens_of(2, 20)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy)
+    cache = init_cache(TINY, 2, 20, jnp.bfloat16)
+    decoded, cache = decode_from(
+        half, tokens, cache, lengths=(1, 1), slots=(0, 1), dtype=jnp.bfloat16
+    )
+    assert cache.keys[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(decoded.astype(F32), full(policy, tokens), atol=BF16_ATOL)
+
+
+@pytest.mark.parametrize("limit", [30, 64, 90])
+def test_reading_only_the_needed_prefix_changes_nothing(limit):
+    policy, tokens = make(TINY), tokens_of(2, 20)
+    cache = init_cache(TINY, 2, 90, F32)
+    decoded, _ = decode_from(policy, tokens, cache, lengths=(1, 1), slots=(0, 1), kv_limit=limit)
+    np.testing.assert_allclose(decoded, full(policy, tokens), atol=F32_ATOL)
+
+
+def test_a_narrowed_cache_decodes_the_same_and_widens_back():
+    policy, tokens = make(TINY), tokens_of(2, 20)
+    keys, values = prefill(policy, tokens[:, :4], dtype=F32)
+    noise = jax.tree.map(lambda x: x + 7.0, init_cache(TINY, 2, 3 * KEY_BLOCK, F32))
+    cache = insert_prompts(noise, keys, values, jnp.arange(2), jnp.arange(2))
+    part = narrow(cache, 20)
+    assert part.max_tokens == KEY_BLOCK
+    decoded, part = decode_from(policy, tokens, part, lengths=(4, 4), slots=(0, 1))
+    np.testing.assert_allclose(decoded, full(policy, tokens)[:, 3:], atol=F32_ATOL)
+    wide = widen(part, cache)
+    assert bool(jnp.all(wide.values[0][:, :, KEY_BLOCK:] == 7.0))
+    assert bool(jnp.all(wide.keys[0][:, :, 1:] == 7.0))
+    again = narrow(wide, 20)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), part, again))
+
+
+def test_a_prompt_may_enter_several_slots_and_padding_slots_are_dropped():
+    policy, tokens = make(TINY), tokens_of(2, 6)
+    keys, values = prefill(policy, tokens, dtype=F32)
+    cache = jax.tree.map(lambda x: x + 7.0, init_cache(TINY, 4, 32, F32))
+    rows, slots = jnp.array([1, 1, 0, 0]), jnp.array([0, 3, 4, -1])
+    after = insert_prompts(cache, keys, values, rows, slots)
+    for layer in range(TINY.num_layers):
+        assert bool(jnp.all(after.values[layer][1:3] == 7.0))
+        for slot in (0, 3):
+            assert bool(jnp.all(after.values[layer][slot, :, :6] == values[layer][1]))
+            assert bool(
+                jnp.all(after.keys[layer][slot, :, 0, :, :6] == keys[layer][1, :, 0, :, :6])
+            )
+
+
+def test_prompts_longer_than_the_cache_are_refused():
+    keys, values = prefill(make(TINY), tokens_of(1, 40), dtype=F32)
+    cache = init_cache(TINY, 1, 32, F32)
+    with pytest.raises(ValueError, match="prompts of 40 tokens do not fit a cache of 32"):
+        insert_prompts(cache, keys, values, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32))
+
+
+def test_recompute_under_new_weights_equals_decoding_with_them_from_the_start():
+    old, new, tokens = make(TINY, seed=0), make(TINY, seed=5), tokens_of(2, 33)
+    empty = init_cache(TINY, 2, 64, F32)
+    _, stale = decode_from(old, tokens[:, :32], empty, lengths=(1, 1), slots=(0, 1))
+    fresh = recompute(new, stale, tokens[:, :32], dtype=F32)
+    last = jnp.full(2, 32)
+    hidden, _ = decode_step(new, fresh, tokens[:, 32], last, dtype=F32)
+    np.testing.assert_allclose(hidden, full(new, tokens)[:, 32], atol=F32_ATOL)
+    mixed, _ = decode_step(new, stale, tokens[:, 32], last, dtype=F32)
+    assert float(jnp.max(jnp.abs(mixed - hidden))) > 100 * F32_ATOL
+
+
+def test_recompute_refuses_a_length_that_would_split_a_block():
+    cache = init_cache(TINY, 2, 64, F32)
+    with pytest.raises(ValueError, match="use a multiple of 32"):
+        recompute(make(TINY), cache, tokens_of(2, 30), dtype=F32)
+
+
+def pack(sequences, length):
+    """One row [1, length] of tokens, positions and segments."""
+    row = np.zeros((3, 1, length), np.int32)
+    at = 0
+    for segment, sequence in enumerate(sequences, start=1):
+        end = at + len(sequence)
+        row[:, 0, at:end] = sequence, np.arange(len(sequence)), np.full(len(sequence), segment)
+        at = end
+    return jnp.asarray(row)
+
+
+def test_packed_sequences_equal_separate_ones():
+    policy = make(replace(TINY, qk_norm=True, no_rope_layers=(2,)))
+    sequences = [np.asarray(tokens_of(1, n, seed=n))[0] for n in (5, 1, 9)]
+    packed = hidden_states(policy, *pack(sequences, 20), dtype=F32)
+    at = 0
+    for sequence in sequences:
+        alone = full(policy, jnp.asarray(sequence)[None])
+        np.testing.assert_allclose(packed[0, at : at + len(sequence)], alone[0], atol=F32_ATOL)
+        at += len(sequence)
+
+
+def test_neighbours_and_padding_are_invisible():
+    policy = make(TINY)
+    first, second = np.arange(1, 7), np.arange(10, 15)
+    base = hidden_states(policy, *pack([first, second], 14), dtype=F32)
+    tokens, positions, segments = pack([first, second[::-1]], 14)
+    tokens = tokens.at[0, 11:].set(33)
+    changed = hidden_states(policy, tokens, positions, segments, dtype=F32)
+    assert bool(jnp.all(base[0, :6] == changed[0, :6]))
+    assert bool(jnp.any(base[0, 6:11] != changed[0, 6:11]))
+    assert bool(jnp.all(jnp.isfinite(changed)))
+    padded = hidden_states(policy, *pack([first], 14), dtype=F32)
+    np.testing.assert_allclose(
+        padded[0, :6], full(policy, jnp.asarray(first)[None])[0], atol=F32_ATOL
+    )
+
+
+def test_later_tokens_cannot_reach_earlier_ones():
+    policy, tokens = make(TINY), tokens_of(2, 12)
+    changed = full(policy, tokens.at[:, 8].add(1) % TINY.vocab_size)
+    base = full(policy, tokens)
+    assert bool(jnp.all(base[:, :8] == changed[:, :8]))
+    assert bool(jnp.all(jnp.any(base[:, 8:] != changed[:, 8:], axis=-1)))
+
+
+def test_a_layer_without_rope_ignores_positions_and_one_with_rope_does_not():
+    tokens = tokens_of(1, 10)
+    far = jnp.arange(10)[None] % 5 * 2
+    for layers, moves in (((0, 1, 2), False), ((0, 1), True)):
+        policy = make(replace(TINY, no_rope_layers=layers))
+        there = hidden_states(policy, tokens, far, jnp.ones_like(tokens), dtype=F32)
+        assert bool(jnp.any(there != full(policy, tokens))) is moves
+
+
+def loss(policy, tokens, remat):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = hidden_states(policy, tokens, positions, jnp.ones_like(tokens), dtype=F32, remat=remat)
+    return jnp.mean(jnp.square(hidden[..., :3]))
+
+
+def test_rematerialisation_changes_memory_not_gradients():
+    policy, tokens = make(replace(TINY, qkv_bias=True, qk_norm=True)), tokens_of(4, 16)
+    kept = jax.jit(jax.grad(loss), static_argnums=2)(policy, tokens, False)
+    again = jax.jit(jax.grad(loss), static_argnums=2)(policy, tokens, True)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, rtol=GRAD_RTOL, atol=1e-6)
+
+
+def test_gradient_equals_finite_differences():
+    policy, tokens = make(replace(TINY, qk_norm=True, qkv_bias=True)), tokens_of(2, 8)
+    direction = make(policy.config, seed=9)
+    _, slope = jax.jvp(lambda p: loss(p, tokens, False), (policy,), (direction,))
+    grads = jax.grad(loss)(policy, tokens, False)
+    products = jax.tree.map(lambda g, d: jnp.sum(g * d), grads, direction)
+    assert float(sum(jax.tree.leaves(products))) == pytest.approx(float(slope), rel=1e-4)
+    eps = 1e-3
+
+    def at(sign):
+        moved = jax.tree.map(lambda p, d: p + sign * eps * d, policy, direction)
+        return float(loss(moved, tokens, False))
+
+    # Central differences in float32 carry about 1e-7 / eps of rounding on a loss of order 1.
+    assert (at(1) - at(-1)) / (2 * eps) == pytest.approx(float(slope), rel=2e-2, abs=2e-3)
+
+
+def test_layers_are_traced_once_whatever_their_number():
+    def equations(num_layers):
+        policy = Decoder(replace(TINY, num_layers=num_layers), jax.random.key(0))
+        return str(jax.make_jaxpr(full)(policy, tokens_of(1, 8))).count("dot_general")
+
+    assert equations(2) == equations(6)
