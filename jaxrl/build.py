@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from jaxrl.buffer import BufferState, GroupBuffer
 from jaxrl.config import Config
+from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.optimizer import adamw, learning_rate
 from jaxrl.learner.steps import ForwardSettings
 from jaxrl.observe import Observer
 from jaxrl.policy import resolve_model
-from jaxrl.prompts import PromptStream
+from jaxrl.prompts import PromptStream, encode_prompt
 from jaxrl.rewards.pool import RewardPool
 from jaxrl.rollout.engine import RolloutEngine, SamplingParams
 from jaxrl.rollout.worker import RolloutWorker
@@ -117,14 +118,56 @@ def make_evaluator(
     return Evaluator(engine, rewards, subject.tokenizer, add_bos=subject.add_bos, params=params)
 
 
+def make_stream(config: Config, subject: Subject) -> PromptStream:
+    """The prompts of training. Every prompt and worked solution of the run is tokenised now.
+
+    Raises: UserError for the first one that does not fit.
+    """
+    longest = config.rollout.max_prompt_tokens
+    for problem in (p for problems in held_out(config, subject) for p in problems):
+        encode_prompt(problem, subject.tokenizer, longest, subject.add_bos)
+    if config.sft.steps:
+        encode_solutions(config, subject)
+    return PromptStream(
+        subject.task.problems("train"), subject.tokenizer, config.run.seed, longest, subject.add_bos
+    )
+
+
+def encode_solutions(
+    config: Config, subject: Subject
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Prompts and worked solutions of the train split as tokens, the stop token at each solution's end.
+
+    Raises:
+        UserError: the task has no worked solutions, or one is longer than rollout.max_new_tokens.
+    """
+    prompts, solutions = [], []
+    for problem in subject.task.problems("train"):
+        solution = (*subject.tokenizer.encode(problem.solution), subject.tokenizer.stop_ids[0])
+        if not problem.solution:
+            raise UserError(
+                f"sft.steps={config.sft.steps}, but task {subject.task.name} has a problem without a "
+                f"worked solution ({problem.prompt[:60]!r}); add one, or set sft.steps=0"
+            )
+        if len(solution) > config.rollout.max_new_tokens:
+            raise UserError(
+                f"the worked solution of {problem.prompt[:60]!r} has {len(solution)} tokens with its "
+                f"stop token, more than rollout.max_new_tokens={config.rollout.max_new_tokens}; set "
+                f"that to at least {len(solution)}"
+            )
+        prompts.append(
+            encode_prompt(
+                problem, subject.tokenizer, config.rollout.max_prompt_tokens, subject.add_bos
+            )
+        )
+        solutions.append(solution)
+    return prompts, solutions
+
+
 def make_buffer(
-    config: Config, subject: Subject, *, version: int, state: BufferState | None
+    config: Config, stream: PromptStream, *, version: int, state: BufferState | None
 ) -> GroupBuffer:
-    """The prompt stream behind the staleness-bounded hand-over."""
-    stream = PromptStream(
-        subject.task.problems("train"), subject.tokenizer, config.run.seed,
-        config.rollout.max_prompt_tokens, subject.add_bos,
-    )  # fmt: skip
+    """The staleness-bounded hand-over from rollout to learner."""
     return GroupBuffer(
         stream, prompts_per_step=config.grpo.prompts_per_step,
         max_staleness=config.rollout.max_staleness, version=version, state=state,

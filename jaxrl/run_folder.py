@@ -107,10 +107,10 @@ def open_run(config: Config, argv: Sequence[str] = ()) -> RunFolder:
             "folder that you may write with --run.dir=FOLDER"
         ) from error
     try:
-        folder = RunFolder(path=path, resumed=(path / "config.yaml").exists(), lock=lock)
+        folder = RunFolder(path=path, resumed=_has_begun(path), lock=lock)
         if folder.resumed:
             _check_same_run(load_config(folder.config), config)
-        else:
+        elif not folder.config.exists():
             _check_empty(path)
         save_config(config, folder.config)
         with (path / "commands.txt").open("a", encoding="utf-8") as commands:
@@ -119,6 +119,11 @@ def open_run(config: Config, argv: Sequence[str] = ()) -> RunFolder:
         lock.close()
         raise
     return folder
+
+
+def _has_begun(path: Path) -> bool:
+    """There is a complete checkpoint: a run that failed before its first one has nothing to protect."""
+    return any(step.name.isdigit() for step in (path / "checkpoints").glob("*"))
 
 
 def _locked(path: Path) -> io.FileIO:

@@ -35,7 +35,7 @@ from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.plan import make_plan, plan_rows
 from jaxrl.record import RunRecord
 from jaxrl.run_folder import open_run
-from jaxrl.start import Starter
+from jaxrl.start import Starter, existing_checkpoints
 from jaxrl.telemetry.metrics import assert_share
 from jaxrl.telemetry.run import RunTelemetry
 from jaxrl.telemetry.tables import print_plan
@@ -57,10 +57,13 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     config = parsed.config
     simulate_cpu_devices(config.mesh.devices)
     subject = build.make_subject(config)
+    stream = build.make_stream(config, subject)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
     hardware = cached_or_calibrate(subject.model)
     plan = make_plan(config, subject.model, hardware)
     print_plan(plan_rows(config, plan, hardware, subject.tokenizer))
+    if config.run.fork_from is not None:
+        existing_checkpoints(config.run.fork_from)
     if parsed.dry_run:
         return
     with ExitStack() as stack:
@@ -83,7 +86,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
         learner, record = starter.begin() if resumed_step is None else starter.resume(resumed_step)
         if only_cold_start:
             return
-        buffer = build.make_buffer(config, subject, version=record.step, state=record.buffer)
+        buffer = build.make_buffer(config, stream, version=record.step, state=record.buffer)
         worker = build.make_worker(
             config, subject, rollout_mesh, store, buffer, rewards, telemetry.observer
         )

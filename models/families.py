@@ -195,6 +195,7 @@ def render_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": config.tied_embeddings,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids) or None,
+        "pad_token_id": None,
         "torch_dtype": dtype,
     }
     if family.no_rope_interval is not None:

@@ -24,7 +24,7 @@ DEVICE_LANES = ("rollout", "learner")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PhaseRow:
-    """All calls of one phase. Predictions are None where no call carried one; times are per call."""
+    """All calls of one phase. Times are per call; predictions None where no call carried one."""
 
     phase: Phase
     calls: int
@@ -143,7 +143,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def overlaps(spans: Sequence[Span]) -> list[float]:
-    """For each span, the share of it during which the other device lane was computing, in [0, 1]."""
+    """Share of each span during which the other device lane was computing, in [0, 1]."""
     busy = {
         lane: _Union([s for s in spans if s.lane == lane and s.computes]) for lane in DEVICE_LANES
     }
@@ -214,7 +214,7 @@ def step_times(run: Run) -> StepTimes | None:
         if span.phase in of_step:
             value = span.duration_s if span.predicted_s is None else span.predicted_s
             seconds[span.phase] = seconds.get(span.phase, 0.0) + value / steps
-    # a verifier's span holds queueing and latency: it occupies no core, and groups overlap each other
+    # a verifier's span holds queueing and latency: it occupies no core, and groups overlap
     reward = _Union([s for s in run.spans if s.phase == Phase.REWARD])
     if Phase.REWARD in seconds:
         seconds[Phase.REWARD] = reward.covered_s(float("-inf"), float("inf")) / steps
@@ -227,6 +227,9 @@ def story(run: Run, rows: Sequence[PhaseRow]) -> list[str]:
     """Where the time went, as sentences."""
     lines = []
     for lane in lane_rows(run):
+        if lane.lane not in DEVICE_LANES:
+            lines.append(f"{lane.lane}: a verifier was busy {lane.computing:.0%} of the wall time.")
+            continue
         rest = max(0.0, 1 - lane.computing - lane.waiting)
         lines.append(
             f"{lane.lane}: computing {lane.computing:.0%} of the wall time, waiting "

@@ -45,14 +45,23 @@ KV_BLOCK_TOKENS = 32
 """The cache is read in blocks of so many tokens; equals models.cache.KEY_BLOCK."""
 
 
-def prefill(model: ModelConfig, layout: Layout, rows: int, tokens: int) -> PhaseCost:
-    """Keys and values of `rows` prompts padded to `tokens`: every layer, no head."""
+def prefill(
+    model: ModelConfig, layout: Layout, rows: int, tokens: int, samples: int = 0
+) -> PhaseCost:
+    """Keys and values of `rows` prompts padded to `tokens`, copied to `samples` slots.
+
+    Every layer, no head. Started from Python: two transfers, the prefill, the copy.
+    """
     local = ceil_div(rows, layout.row_shards)
     part = shard(model, layout)
     work = _embed(local * tokens, part, layout)
     work += _layer(model, part, layout, local, tokens).times(model.num_layers)
-    work += passes(2 * model.num_layers * local * tokens * part.kv, layout.kv_bytes, 2)
-    return _cost(Phase.PREFILL, work, layout, dispatches=1)
+    values = 2 * model.num_layers * round_up(tokens, KV_BLOCK_TOKENS) * part.kv
+    work += passes(values * local, layout.kv_bytes, 2)
+    if samples:
+        entering = ceil_div(samples, layout.row_shards)
+        work += passes(2 * values * entering, layout.kv_bytes, 2 * model.num_layers)
+    return _cost(Phase.PREFILL, work, layout, dispatches=4)
 
 
 def decode(
@@ -221,7 +230,7 @@ def _scoring(
 def _layer(
     model: ModelConfig, part: Shard, layout: Layout, rows: int, tokens: int, cached: int = 0
 ) -> Work:
-    """One layer forward on [rows, tokens]; against `cached` keys each, or within the rows when 0."""
+    """One layer forward on [rows, tokens]; against `cached` keys each, or within rows when 0."""
     e, m = layout.compute_bytes, rows * tokens
     halves = 2 if model.gated_mlp else 1
     work = passes(2 * m * part.width, e, 2)  # RMSNorm: mean square, scale

@@ -89,20 +89,19 @@ def log_error(sample: Sample, hardware: Hardware, efficiency: Efficiency) -> flo
     return math.log(predict(sample.cost, there).expected_s / sample.measured_s)
 
 
-PRIOR_OF = {Phase.PREFILL: Phase.SCORE, Phase.REFERENCE: Phase.SCORE}
-"""Phases that start from another one's fit, because they run the same layers."""
+LIKE = ((Phase.SCORE, Phase.PREFILL), (Phase.REFERENCE, Phase.SCORE))
+"""Phases that take over another one's fit when they were not measured: they run the same layers."""
 
 
 def fit_all(samples: Sequence[Sample], hardware: Hardware) -> dict[str, Efficiency]:
-    """Efficiency by phase of all measured phases; REFERENCE is SCORE's when it was not measured."""
+    """Efficiency by phase of all measured phases, and of those that are like them."""
     fitted: dict[str, Efficiency] = {}
-    measured = {sample.cost.phase for sample in samples}
-    for phase in sorted(measured, key=lambda p: p in PRIOR_OF):
+    for phase in dict.fromkeys(sample.cost.phase for sample in samples):
         own = [sample for sample in samples if sample.cost.phase == phase]
-        prior = fitted.get(PRIOR_OF.get(phase, phase).value, hardware.efficiency)
-        fitted[phase.value] = fit_phase(own, hardware, prior)
-    if Phase.SCORE.value in fitted:
-        fitted.setdefault(Phase.REFERENCE.value, fitted[Phase.SCORE.value])
+        fitted[phase.value] = fit_phase(own, hardware, hardware.efficiency)
+    for phase, model in LIKE:
+        if phase.value not in fitted and model.value in fitted:
+            fitted[phase.value] = fitted[model.value]
     return fitted
 
 

@@ -120,7 +120,7 @@ class Hardware:
         return self.peak_flops_per_s[dtype]
 
     def efficiency_of(self, phase: Phase) -> Efficiency:
-        """Shares of the peaks for this phase, or the general ones where the phase was not measured."""
+        """Shares of the peaks for this phase, or the general ones where it was not measured."""
         return self.phase_efficiency.get(phase.value, self.efficiency)
 
     def critical_intensity(self, dtype: str) -> float:

@@ -202,7 +202,7 @@ def all_gather(array_bytes: float, devices: int, arrays: int = 1) -> Work:
 
 
 def reduce_scatter(array_bytes: float, devices: int, arrays: int = 1) -> Work:
-    """Egress of one device for reduce-scatters of full arrays of `array_bytes` in all: A (n-1)/n."""
+    """Egress of one device for reduce-scatters of arrays of `array_bytes` in all: A (n-1)/n."""
     return all_gather(array_bytes, devices, arrays)
 
 

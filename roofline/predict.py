@@ -162,7 +162,8 @@ def compare_step(
         idle = waiting.get(phase, 0.0)
         if not 0 <= idle <= seconds:
             raise ValueError(
-                f"phase {phase} takes {seconds} s but waits {idle} s of it; waiting must lie in [0, {seconds}]"
+                f"phase {phase} takes {seconds} s but waits {idle} s of it; "
+                f"waiting must lie in [0, {seconds}]"
             )
         lanes[lane_of[phase]] += seconds
         busy[lane_of[phase]] += seconds - idle

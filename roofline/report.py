@@ -94,9 +94,11 @@ def header(run: Run) -> list[tuple[str, str]]:
     """What ran, on what, and how it was calibrated."""
     hardware, config = run.hardware, run.config
     sizes = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "dtype")
-    model = config.get("model.path") or ", ".join(
+    shape = ", ".join(
         f"{name} {config[f'model.{name}']}" for name in sizes if f"model.{name}" in config
     )
+    path = config.get("model.path", "null")
+    model = shape if path in ("null", "None", "~") else path
     peaks = ", ".join(
         f"{dtype} {svg.si(peak, 'flop/s')}" for dtype, peak in hardware.peak_flops_per_s.items()
     )

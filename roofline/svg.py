@@ -21,6 +21,7 @@ COLOURS: Mapping[Phase, str] = {
     Phase.EVAL: "#b8578f",
     Phase.CHECKPOINT: "#8c7b6b",
     Phase.COMPILE: "#5b6470",
+    Phase.COMPILE: "#7a5c9e",
     Phase.WAIT_BATCH: "#9a9a9a",
     Phase.WAIT_LEARNER: "#9a9a9a",
 }
@@ -74,7 +75,7 @@ def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float) ->
     xs = [p.intensity for p in points] + [ridge]
     ys = [y for p in points for y in (p.predicted_flops_per_s, p.measured_flops_per_s)]
     x = _log_scale(min(xs) / 4, max(xs) * 4, LEFT, WIDTH - RIGHT)
-    y = _log_scale(min([*ys, flops_per_s]) / 4, flops_per_s * 2.5, height - BOTTOM, TOP)
+    y = _log_scale(min([*ys, flops_per_s]) / 2.5, flops_per_s * 2.5, height - BOTTOM, TOP)
     body = _log_axes(x, y, height, "arithmetic intensity [flop/byte]", "[flop/s]")
     low, high = min(xs) / 4, max(xs) * 4
     roof = [(low, low * bytes_per_s), (ridge, flops_per_s), (high, flops_per_s)]
@@ -105,7 +106,7 @@ def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float) ->
 
 
 def dumbbells(rows: Sequence[tuple[str, str, float, float, float]]) -> str:
-    """Log time axis; per phase (label, colour, lower, expected, measured) a tick, a ring, a disc."""
+    """Log time axis; per row (label, colour, lower, expected, measured) tick, ring and disc."""
     height = TOP + BOTTOM + 26 * len(rows)
     values = [value for row in rows for value in row[2:] if value > 0]
     x = _log_scale(min(values) / 1.6, max(values) * 1.6, LEFT, WIDTH - RIGHT)

@@ -18,6 +18,8 @@ from models.decoder import Decoder
 from models.hf import save_policy
 
 MAX_POSITIONS = 2048
+ROPE_THETA = 1e6
+"""Qwen3's own; google-tunix 0.1.7 computes Qwen3 with it whatever the configuration says."""
 
 
 def model_config(shape: Shape) -> ModelConfig:
@@ -26,7 +28,7 @@ def model_config(shape: Shape) -> ModelConfig:
         family="qwen3", vocab_size=shape.vocab_size, width=shape.width,
         num_layers=shape.num_layers, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads,
         head_size=shape.head_size, ffw_size=shape.ffw_size, max_positions=MAX_POSITIONS,
-        norm_eps=1e-6, qk_norm=True, tied_embeddings=False, eos_token_ids=(EOS,),
+        rope_theta=ROPE_THETA, norm_eps=1e-6, qk_norm=True, tied_embeddings=False, eos_token_ids=(EOS,),
     )  # fmt: skip
 
 

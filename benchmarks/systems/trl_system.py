@@ -87,7 +87,9 @@ class System(TrainerCallback):
         trainer._compute_loss = counted_loss
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Answer commands until one asks for a step."""
+        """Answer for the step before, then commands until one asks for a step."""
+        if self.answer:
+            self.conversation.reply(self.answer)
         while (command := self.conversation.next()) != "step":
             if command is None:
                 os._exit(0)
@@ -98,7 +100,6 @@ class System(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """The step is done, the optimizer included."""
         self.answer["train_s"] = time.perf_counter() - self.began - self.scoring_s
-        self.conversation.reply(self.answer)
 
     def tail(self) -> Answer:
         """Generation until the longest row ends; only useful tokens are counted."""
@@ -112,10 +113,11 @@ class System(TrainerCallback):
         self.trainer.generation_kwargs["max_new_tokens"] = work.max_tail_length
         rows = [prompt for prompt in work.tail_prompts for _ in range(work.group_size)]
         self.trainer._generate_single_turn(rows, None, {}, work.group_size)
+        seconds, tokens = self.answer["rollout_s"], self.answer["rollout_tokens"]
         config.max_new_tokens = self.trainer.generation_kwargs["max_new_tokens"] = new_tokens
         self.model.generate = generate
-        assert self.answer["rollout_tokens"] == len(rows) * work.max_tail_length
-        return {"rollout_s": self.answer["rollout_s"], "rollout_tokens": work.tail_tokens}
+        assert tokens == len(rows) * work.max_tail_length
+        return {"rollout_s": seconds, "rollout_tokens": work.tail_tokens}
 
 
 def _settings(work: Workload, folder: str) -> trl.GRPOConfig:

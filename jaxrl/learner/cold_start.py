@@ -11,15 +11,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrl.build import Subject, forward_settings
+from jaxrl.build import Subject, encode_solutions, forward_settings
 from jaxrl.config import Config
-from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.optimizer import adamw, learning_rate
 from jaxrl.observe import Observer
 from jaxrl.packing import pack, solutions_to_sequences
-from jaxrl.prompts import encode_prompt
 from jaxrl.types import Problem
 from jaxrl.weights import WeightStore
 from models.decoder import Decoder
@@ -66,33 +64,3 @@ def cold_start(
                 break
     return learner.state.policy
 
-
-def encode_solutions(
-    config: Config, subject: Subject
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Prompts and worked solutions of the train split as tokens, the stop token at each solution's end.
-
-    Raises:
-        UserError: the task has no worked solutions, or one is longer than rollout.max_new_tokens.
-    """
-    prompts, solutions = [], []
-    for problem in subject.task.problems("train"):
-        solution = (*subject.tokenizer.encode(problem.solution), subject.tokenizer.stop_ids[0])
-        if not problem.solution:
-            raise UserError(
-                f"sft.steps={config.sft.steps}, but task {subject.task.name} has a problem without a "
-                f"worked solution ({problem.prompt[:60]!r}); add one, or set sft.steps=0"
-            )
-        if len(solution) > config.rollout.max_new_tokens:
-            raise UserError(
-                f"the worked solution of {problem.prompt[:60]!r} has {len(solution)} tokens with its stop "
-                f"token, more than rollout.max_new_tokens={config.rollout.max_new_tokens}; set that to at "
-                f"least {len(solution)}"
-            )
-        prompts.append(
-            encode_prompt(
-                problem, subject.tokenizer, config.rollout.max_prompt_tokens, subject.add_bos
-            )
-        )
-        solutions.append(solution)
-    return prompts, solutions

@@ -63,8 +63,8 @@ def calibrate(
     """Measure `devices[0]` and its links; with a model also its phases at the workload's shapes.
 
     `budget_s` bounds the time: programs that do not fit in it are left out and named in `source`,
-    and their phases keep the micro-benchmarks' shares. `thorough` fits more shapes, runs others that
-    are not fitted, and stores predicted / measured of those in `held_out`.
+    and their phases keep the micro-benchmarks' shares. `thorough` fits more shapes, runs others
+    that are not fitted, and stores predicted / measured of those in `held_out`.
     """
     begin, workload = time.perf_counter(), workload or Workload()
     devices = list(devices or jax.devices())

@@ -15,7 +15,7 @@ import numpy as np
 from models.config import ModelConfig
 from roofline.calibrate.timing import Device, Run, caller, replacer, seconds
 from roofline.datasheets import datasheet_of_device
-from roofline.hardware import DTYPE_BYTES, Efficiency, Hardware
+from roofline.hardware import Efficiency, Hardware
 from roofline.machine import Workload, host_memory_bytes, processor
 
 CHAIN_FLOPS = 1e9
@@ -32,7 +32,7 @@ def versions(device: Device) -> dict[str, str]:
 
 
 def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Workload) -> Hardware:
-    """Peaks, fixed times and general shares of devices[0]; peaks of a known GPU are its datasheet's."""
+    """Peaks (of a known GPU: its datasheet's), fixed times and general shares of devices[0]."""
     device, dtype = devices[0], jnp.dtype(workload.dtype)
     with jax.default_device(device):
         dispatch_s, kernel_s = _dispatch_s(), _kernel_s()
@@ -47,13 +47,15 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
     if sheet is None:
         sheet = Hardware(
             name=f"{device.device_kind}: {processor()}",
-            peak_flops_per_s=dict.fromkeys(DTYPE_BYTES, best),
+            peak_flops_per_s={"float32": best, "bfloat16": best},
             hbm_bytes=host_memory_bytes() / len(devices),
             hbm_bytes_per_s=bytes_per_s,
             link_bytes_per_s=link_bytes_per_s,
             dispatch_s=dispatch_s,
             kernel_s=kernel_s,
-            source=("peaks: best rates measured on this machine",),
+            source=(
+                f"peaks: best rates measured here in {workload.dtype}, assumed in other types",
+            ),
         )
     reached = Efficiency(
         compute=min(1.0, statistics.median(rates) / sheet.peak(workload.dtype)),

@@ -1,8 +1,8 @@
 """Programs like the trainer's, at one shape each, beside what they cost.
 
-They repeat the trainer's structure (one jitted loop of sampling steps, one packed micro-batch forward
-and backward with the gradient added to a donated accumulator, AdamW after a global norm, cast and
-copy), because fixed times and fusion decide the speed of small models.
+They repeat the trainer's structure (one jitted loop of sampling steps, one packed micro-batch
+forward and backward with the gradient added to a donated accumulator, AdamW after a global norm,
+cast and copy), because fixed times and fusion decide the speed of small models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from models.cache import init_cache
+from models.cache import KVCache, init_cache, insert_prompts
 from models.config import ModelConfig
 from models.decoder import Decoder, abstract_decoder, decode_step, hidden_states, prefill
 from models.head import head_logits, target_logprobs
@@ -45,8 +45,8 @@ def probes(
 ) -> list[Probe]:
     """Programs in the order in which they matter.
 
-    A run's micro-batches and slots never change shape, so these shapes suffice for it; `thorough` adds
-    others, fitted and held out, which show how far the fit carries.
+    A run's micro-batches and slots never change shape, so these shapes suffice for it; `thorough`
+    adds others, fitted and held out, which show how far the fit carries.
     """
     half_rows, half_tokens = max(1, w.rows // 2), max(2, w.row_tokens // 2)
     quarter, kv_half = max(1, w.slots // 4), max(2, w.kv_len // 2)
@@ -76,8 +76,11 @@ def probes(
 
 
 def _distinct(several: Sequence[Probe]) -> list[Probe]:
-    """Each cost once: shapes that the cache's blocks round to the same are the same."""
-    return list({probe.cost: probe for probe in reversed(several)}.values())[::-1]
+    """The first of each cost: shapes that the cache's blocks round to the same are the same."""
+    first: dict[PhaseCost, Probe] = {}
+    for probe in several:
+        first.setdefault(probe.cost, probe)
+    return list(first.values())
 
 
 def lane_mate(model: ModelConfig, w: Workload, device: Device) -> Run:
@@ -116,15 +119,25 @@ class _Maker:
         return Probe(name=f"decode {slots}x{kv_len}", cost=work, make=make, held_out=held_out)
 
     def prefill(self, rows: int, tokens: int, *, held_out: bool = False) -> Probe:
-        work = cost.prefill(self.model, self.rollout, rows, tokens)
+        samples = min(self.workload.slots, 4 * rows)
+        work = cost.prefill(self.model, self.rollout, rows, tokens, samples)
 
         def make() -> Run:
             with jax.default_device(self.device):
-                prompts = jnp.ones((rows, tokens), jnp.int32)
+                prompts = np.ones((rows, tokens), np.int32)
+                at = [np.arange(samples, dtype=np.int32) % rows, np.arange(samples, dtype=np.int32)]
                 program = jax.jit(partial(prefill, dtype=self.dtype))
-                return caller(
-                    program.lower(self.snapshot, prompts).compile(), self.snapshot, prompts
-                )
+                run = program.lower(self.snapshot, prompts).compile()
+                cache = init_cache(self.model, self.workload.slots, tokens, self.dtype)
+                keys, values = run(self.snapshot, jax.device_put(prompts, self.device))
+                insert = jax.jit(insert_prompts, donate_argnums=0)
+                enter = insert.lower(cache, keys, values, *at).compile()
+
+            def refill(cache: KVCache) -> KVCache:
+                made = run(self.snapshot, jax.device_put(prompts, self.device))
+                return enter(cache, *made, *jax.device_put(at, self.device))
+
+            return replacer(refill, cache)
 
         return Probe(name=f"prefill {rows}x{tokens}", cost=work, make=make, held_out=held_out)
 

@@ -53,8 +53,8 @@ def seconds(run: Run, rounds: int = ROUNDS) -> float:
 def medians(runs: Sequence[Run], deadline_s: float) -> list[float]:
     """Median of each program, all of them run in turn, until `deadline_s` on time.perf_counter.
 
-    A disturbance of the machine then falls on every program, not on one of them. At least MIN_ROUNDS
-    rounds are run whatever the deadline.
+    A disturbance of the machine then falls on every program, not on one of them. At least
+    MIN_ROUNDS rounds are run whatever the deadline.
     """
     for run in runs:
         run()

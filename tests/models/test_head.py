@@ -9,7 +9,7 @@ from models.config import ModelConfig
 from models.decoder import Decoder
 from models.head import head_logits, target_logprobs
 
-ATOL = 2e-5  # float32 log-sum-exp over 61 logits of order 3
+ATOL = 1e-4  # float32 logits that reach 50 carry about 4e-6 each, products with them more
 GRAD_RTOL = 2e-4  # float32 sums over all tokens, in another order per chunk size
 F32 = jnp.float32
 ROWS, TOKENS = 3, 14

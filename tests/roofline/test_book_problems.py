@@ -1,7 +1,7 @@
-"""Worked problems of the scaling book (jax-ml.github.io/scaling-book), through this package's functions.
+"""Worked problems of the scaling book (jax-ml.github.io/scaling-book), by this package's functions.
 
-Each entry names a problem of the reference table; its answer and tolerance (the book prints two or three
-digits) come from there.
+Each entry names a problem of the reference table; its answer and tolerance (the book prints two or
+three digits) come from there.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def bound_s(**work: float) -> float:
 
 
 def decode_step_s(model: ModelConfig, slots: int, shards: int = 8) -> float:
-    """Memory time of one step at 8192 cached tokens, without the softmax passes the book leaves out."""
+    """Memory time of a step at 8192 cached tokens, without softmax passes, as in the book."""
     layout = Layout(
         tensor=shards, compute_dtype="bfloat16", param_dtype="bfloat16", kv_dtype="bfloat16"
     )

@@ -15,7 +15,7 @@ from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
 from roofline.kernels import Layout
-from roofline.phases import Phase
+from roofline.phases import Phase, PhaseCost
 from roofline.predict import predict
 
 MODEL = ModelConfig(
@@ -71,10 +71,15 @@ def test_a_fit_over_two_phases_is_refused() -> None:
         fit_phase([train, other], hardware, hardware.efficiency)
 
 
-def test_the_reference_takes_over_what_scoring_measured() -> None:
-    work = cost.score(MODEL, Layout(), 16, 4)
-    fitted = fit_all([Sample(name="s", cost=work, measured_s=1e-3)], datasheet("h100-sxm"))
-    assert fitted["reference"] == fitted["score"]
+def test_forward_phases_that_were_not_measured_take_over_what_a_like_phase_did() -> None:
+    def fit(work: PhaseCost) -> dict[str, Efficiency]:
+        return fit_all([Sample(name="s", cost=work, measured_s=1e-3)], datasheet("h100-sxm"))
+
+    scored = fit(cost.score(MODEL, Layout(), 16, 4))
+    assert scored["reference"] == scored["score"]
+    filled = fit(cost.prefill(MODEL, Layout(), 4, 16))
+    assert filled["reference"] == filled["score"] == filled["prefill"]
+    assert set(fit(cost.optimizer(MODEL, Layout()))) == {"optimizer"}
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def line(phase: Phase, lane: str, start_s: float, duration_s: float, step: int, 
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Each second: decode all along in one lane, wait, train, optimizer and publish in the other."""
+    """Each second: one lane decodes all along; the other waits, trains, steps and publishes."""
     layout = cost.Layout()
     lines = []
     for step in range(STEPS):

@@ -1,0 +1,135 @@
+"""The numbers and the table of `benchmarks.peers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.record import shown, spread, table
+from benchmarks.workload import Workload
+
+HOW = {
+    "jaxrl": "continuous batching: each sample its own limit, {slots} slots",
+    "trl": "generate inside GRPOTrainer; a stopping criterion per row, runs to the longest row",
+    "transformers": "generate, dynamic cache; a stopping criterion per row, runs to the longest row",
+    "transformers_cb": "continuous batching of transformers; each sample its own limit",
+    "ctranslate2": "a callback ends each sample (a call into Python per token); ended samples leave the batch",
+    "tunix": "vanilla sampler; runs to the longest row, useful tokens counted",
+}
+"""How each system ends every completion of the tail scenario at its own length."""
+
+
+def summarise(
+    workload: Workload, records: Sequence[Mapping[str, Any]], hellos: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Medians and spreads per system, shares of the measured matmul peak, and the raw rounds."""
+    peak = max((r["flops_per_s"] for r in records if r["scenario"] == "peak"), default=0.0)
+    systems = {name: _system(name, workload, records, peak) for name in hellos}
+    return {
+        "workload": _facts(workload),
+        "matmul_peak_gflops_per_s": peak / 1e9,
+        "systems": systems,
+        "tail_mechanism": {name: _how(name, workload) for name in systems},
+        "same_greedy_tokens": sorted(name for name, hello in hellos.items() if "greedy" in hello),
+        "rounds": list(records),
+    }
+
+
+def _how(name: str, workload: Workload) -> str:
+    return HOW[name].format(slots=workload.tail_slots)
+
+
+def _facts(workload: Workload) -> dict[str, Any]:
+    lengths = sorted(workload.tail_lengths)
+    return {
+        "parameters": workload.shape.parameters,
+        "dtype": "float32",
+        "threads": workload.threads,
+        "fixed": f"{len(workload.prompts)} prompts x {workload.group_size} samples, "
+        f"{workload.prompt_tokens} + {workload.new_tokens} tokens",
+        "rollout_tokens": workload.tokens,
+        "train_tokens": workload.train_tokens,
+        "microbatch_sequences": workload.microbatch,
+        "tail_samples": len(lengths),
+        "tail_tokens": workload.tail_tokens,
+        "tail_median": lengths[len(lengths) // 2],
+        "tail_max": lengths[-1],
+        "tail_slots": workload.tail_slots,
+    }
+
+
+def _system(
+    name: str, workload: Workload, records: Sequence[Mapping[str, Any]], peak: float
+) -> dict[str, Any]:
+    fixed = [r for r in records if r["system"] == name and r["scenario"] == "fixed"]
+    tail = [r for r in records if r["system"] == name and r["scenario"] == "tail"]
+    trained = [r for r in fixed if "train_s" in r]
+    out: dict[str, Any] = {}
+    if fixed:
+        out["rollout_tokens_per_s"] = spread([r["rollout_tokens"] / r["rollout_s"] for r in fixed])
+    if trained:
+        out["train_s"] = spread([r["train_s"] for r in trained])
+        out["step_s"] = spread([r["rollout_s"] + r["train_s"] for r in trained])
+    if tail:
+        out["tail_tokens_per_s"] = spread([r["rollout_tokens"] / r["rollout_s"] for r in tail])
+    if peak:
+        flops = {
+            "rollout": workload.rollout_flops() / workload.tokens,
+            "tail": workload.tail_flops() / workload.tail_tokens,
+        }
+        out["share_of_peak"] = {
+            key: flops[key] * out[f"{key}_tokens_per_s"]["median"] / peak
+            for key in flops
+            if f"{key}_tokens_per_s" in out
+        }
+        if trained:
+            out["share_of_peak"]["train"] = workload.train_flops() / out["train_s"]["median"] / peak
+    return out
+
+
+def report(content: Mapping[str, Any]) -> str:
+    """The table, best rollout first, with what was done above and below it."""
+    facts, systems = content["workload"], content["systems"]
+
+    def number(name: str, key: str, digits: int) -> str:
+        return shown(systems[name][key], digits) if key in systems[name] else "-"
+
+    def share(name: str) -> str:
+        shares = systems[name].get("share_of_peak", {})
+        return " / ".join(
+            f"{shares[key]:.0%}" if key in shares else "-" for key in ("rollout", "train", "tail")
+        )
+
+    head = [
+        "system", "rollout tokens/s", "train step s", "rollout + train s", "tail tokens/s",
+        "share of peak: rollout / train / tail",
+    ]  # fmt: skip
+    rows = [
+        [name, number(name, "rollout_tokens_per_s", 0), number(name, "train_s", 2),
+         number(name, "step_s", 2), number(name, "tail_tokens_per_s", 0), share(name)]
+        for name in sorted(systems, key=lambda n: -_key(systems[n]))
+    ]  # fmt: skip
+    how = "\n".join(f"- {name}: {text}" for name, text in content["tail_mechanism"].items())
+    return (
+        f"# jaxrl beside other systems: {facts['parameters'] / 1e6:.2f}M parameters, float32, "
+        f"{facts['threads']} cores\n\n"
+        f"The same random Qwen3-shaped checkpoint everywhere; greedy completions were equal in "
+        f"{', '.join(content['same_greedy_tokens'])}. Median (min to max) of interleaved rounds; "
+        f"start, loading and compilation excluded.\n\n{table(head, rows)}\n\n"
+        f"Rollout: {facts['fixed']}, sampling at temperature 1, no end token; {facts['rollout_tokens']} "
+        f"generated tokens, prefill included. Train step: GRPO loss and AdamW over "
+        f"{facts['train_tokens']} tokens in micro-batches of {facts['microbatch_sequences']} sequences, "
+        f"after the rewards are known (jaxrl's includes packing). Peak: {content['matmul_peak_gflops_per_s']:.0f} "
+        f"GFLOP/s, the best 2048^3 float32 product of torch and XLA in any round; shares count useful "
+        f"work only (each prompt prefilled once, no padding).\n\n"
+        f"Tail: {facts['tail_samples']} samples of the same prompt length whose completion lengths are "
+        f"lognormal with median {facts['tail_median']} and longest {facts['tail_max']} tokens, "
+        f"{facts['tail_tokens']} useful tokens. How lengths are imposed:\n\n{how}"
+    )
+
+
+def _key(system: Mapping[str, Any]) -> float:
+    for key in ("rollout_tokens_per_s", "tail_tokens_per_s"):
+        if key in system:
+            return system[key]["median"]
+    return 0.0

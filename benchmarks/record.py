@@ -1,0 +1,95 @@
+"""What every benchmark writes: JSON and a table in benchmarks/results, with machine, versions and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl.telemetry.summary import package_versions
+from roofline.machine import host_memory_bytes, processor, usable_cores
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+BUSY_LOAD = 0.5
+"""Load average of other programs above which timings are marked as taken on a busy machine."""
+
+
+def provenance(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Date, machine, software and commit; call it before the measurement starts."""
+    load = os.getloadavg()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": processor(),
+        "cores": usable_cores(),
+        "memory_gib": round(host_memory_bytes() / 2**30, 1),
+        "commit": _commit(),
+        "versions": {**package_versions(), **(versions or {})},
+        "load_before": round(load, 2),
+        "machine_was_busy": load > BUSY_LOAD,
+    }
+
+
+def _commit() -> str:
+    """HEAD, with '+changes' if the checkout differs from it; 'unknown' outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    head = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--", "jaxrl", "models", "roofline", "benchmarks")
+    changed = [line for line in changed.splitlines() if "benchmarks/results/" not in line]
+    return (head or "unknown") + ("+changes" if changed else "")
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and number of the rounds' values."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "rounds": len(values),
+    }
+
+
+def shown(values: Mapping[str, float], digits: int = 2) -> str:
+    """Median with the extremes, as a table shows it."""
+    numbers = [f"{values[key]:,.{digits}f}" for key in ("median", "min", "max")]
+    return f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all but the first column to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write(name: str, content: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> None:
+    """Write NAME.json and NAME.md and print the table. `content` holds `provenance` under that key.
+
+    Raises: ValueError if a path of this machine would be written.
+    """
+    made = content["provenance"]
+    busy = "; ANOTHER PROGRAM WAS RUNNING, do not cite" if made["machine_was_busy"] else ""
+    versions = ", ".join(f"{package} {v}" for package, v in made["versions"].items())
+    foot = (
+        f"{made['date']}, {made['processor']} cores, {made['memory_gib']} GiB, commit "
+        f"{made['commit'][:12]}{'+changes' if made['commit'].endswith('+changes') else ''}{busy}.\n"
+        f"Versions: {versions}.\n"
+    )
+    text = json.dumps(content, indent=1) + "\n"
+    for path in (str(ROOT), str(Path.home())):
+        if path in text or path in markdown:
+            raise ValueError(f"results of {name} name the path {path}; write relative names")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    (folder / f"{name}.md").write_text(f"{markdown}\n\n{foot}", encoding="utf-8")
+    print(f"{markdown}\n\n{foot}")
