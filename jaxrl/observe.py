@@ -28,28 +28,37 @@ class Shapes:
     learner: Layout
     rollout: Layout
     num_slots: int
+    max_tokens: int
+    """Tokens a slot has room for."""
     row_tokens: int
     rows_per_microbatch: int
+    chunk_tokens: int
     remat: Literal["none", "block"]
     colocated: bool
 
-    def prefill(self, rows: int, tokens: int) -> PhaseCost:
-        """Prompts [rows, tokens], each once."""
-        return cost.prefill(self.model, self.rollout, rows, tokens)
+    def prefill(self, rows: int, tokens: int, samples: int) -> PhaseCost:
+        """Prompts [rows, tokens], each once, copied to the slots of `samples` samples."""
+        return cost.prefill(self.model, self.rollout, rows, tokens, samples)
 
     def decode(self, kv_len: int, steps: int) -> PhaseCost:
         """`steps` decode steps over all slots."""
-        return cost.decode(self.model, self.rollout, self.num_slots, kv_len, steps)
+        return cost.decode(
+            self.model, self.rollout, self.num_slots, kv_len, steps, capacity=self.max_tokens
+        )
 
     def reference(self, microbatches: int) -> PhaseCost:
         """Forward of the reference over all micro-batches."""
         rows, tokens = self.rows_per_microbatch, self.row_tokens
-        return cost.reference(self.model, self.learner, tokens, rows, microbatches)
+        return cost.reference(
+            self.model, self.learner, tokens, rows, microbatches, self.chunk_tokens
+        )
 
     def train(self, microbatches: int) -> PhaseCost:
         """Forward and backward over all micro-batches."""
         rows, tokens = self.rows_per_microbatch, self.row_tokens
-        return cost.train(self.model, self.learner, tokens, rows, microbatches, self.remat)
+        return cost.train(
+            self.model, self.learner, tokens, rows, microbatches, self.remat, self.chunk_tokens
+        )
 
     def optimizer(self) -> PhaseCost:
         """One AdamW step."""
@@ -76,8 +85,8 @@ class Observer:
     def prefill(self, *, version: int) -> Observed:
         """The caller sets prompts, tokens (padded length) and samples; 0 prompts: only copies."""
 
-        def cost_of(shapes: Shapes, work: Work) -> PhaseCost | None:
-            return shapes.prefill(work["prompts"], work["tokens"]) if work["prompts"] else None
+        def cost_of(shapes: Shapes, work: Work) -> PhaseCost:
+            return shapes.prefill(work["prompts"], work["tokens"], work["samples"])
 
         return self._observe(Phase.PREFILL, "rollout", cost_of, version=version)
 

@@ -14,6 +14,7 @@ from jaxrl.tokenizer import Tokenizer
 from models.config import ModelConfig
 from roofline.hardware import Hardware
 from roofline.kernels import Layout
+from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
 from roofline.predict import StepComparison, compare_step, predict
@@ -76,11 +77,29 @@ def make_shapes(config: Config, model: ModelConfig) -> Shapes:
             compute_dtype=dtype, param_dtype=dtype, kv_dtype=dtype,
         ),
         num_slots=config.rollout.slots,
+        max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
+        chunk_tokens=config.train.logprob_chunk_tokens,
         row_tokens=config.train.row_tokens,
         rows_per_microbatch=config.train.rows_per_microbatch,
         remat=config.model.remat,
         colocated=mesh.colocated,
     )  # fmt: skip
+
+
+def workload_of(config: Config) -> Workload:
+    """The shapes at which calibration measures this run's phases."""
+    rollout, train = config.rollout, config.train
+    return Workload(
+        slots=rollout.slots,
+        kv_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        chunk_steps=rollout.chunk_steps,
+        rows=train.rows_per_microbatch,
+        row_tokens=train.row_tokens,
+        chunk_tokens=train.logprob_chunk_tokens,
+        dtype=config.model.dtype,
+        remat=config.model.remat,
+        reference=config.grpo.kl_weight != 0 or config.grpo.log_reference,
+    )
 
 
 def plan_rows(
@@ -206,7 +225,7 @@ def _phase_seconds(
     steps = -(-samples // rollout.slots) * rollout.max_new_tokens
     chunks = -(-steps // rollout.chunk_steps)
     costs = [
-        shapes.prefill(config.grpo.prompts_per_step, rollout.max_prompt_tokens),
+        shapes.prefill(config.grpo.prompts_per_step, rollout.max_prompt_tokens, samples),
         shapes.train(microbatches),
         shapes.optimizer(),
         shapes.publish(),

@@ -41,7 +41,7 @@ class Starter:
         began = time.perf_counter()
         config = self.config
         policy = first_policy(config.model, self.subject.model, self.mesh, config.run.seed)
-        periodic, final = held_out(config, self.subject)
+        periodic, _ = held_out(config, self.subject)
         if config.run.fork_from is not None:
             policy = fork(self._learner(policy), config.run.fork_from)
         elif config.sft.steps:
@@ -79,11 +79,14 @@ class Starter:
         )
 
     def _evaluate(self, snapshot: Snapshot) -> dict[str, float]:
-        _, problems = held_out(self.config, self.subject)
+        """The first points of the held-out curves; returns those of the test split."""
+        periodic, final = held_out(self.config, self.subject)
+        settings = self.config.eval
         with self.telemetry.observer.phase(Phase.EVAL):
-            evaluation = self.evaluator.run(snapshot, problems, self.config.eval.final_samples)
+            evaluation = self.evaluator.run(snapshot, final, settings.final_samples)
+            first = self.evaluator.run(snapshot, periodic, settings.samples).metrics("eval")
         curves = evaluation.metrics("test")
-        self.telemetry.curves(FIRST_STEP, curves)
+        self.telemetry.curves(FIRST_STEP, {**first, **curves})
         self.telemetry.progress.note(f"before: {describe(evaluation)}")
         return curves
 

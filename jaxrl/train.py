@@ -32,7 +32,7 @@ from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
 from jaxrl.learner.learner import Learner
 from jaxrl.packing import groups_to_sequences, pack
-from jaxrl.plan import make_plan, plan_rows
+from jaxrl.plan import make_plan, plan_rows, workload_of
 from jaxrl.record import RunRecord
 from jaxrl.run_folder import open_run
 from jaxrl.start import Starter, existing_checkpoints
@@ -59,7 +59,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     subject = build.make_subject(config)
     stream = build.make_stream(config, subject)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
-    hardware = cached_or_calibrate(subject.model)
+    hardware = cached_or_calibrate(subject.model, workload=workload_of(config))
     plan = make_plan(config, subject.model, hardware)
     print_plan(plan_rows(config, plan, hardware, subject.tokenizer))
     if config.run.fork_from is not None:

@@ -28,20 +28,24 @@ class Layers(nnx.Module):
     """Parameters of all layers, each array with a leading L; one slice of it is one layer."""
 
     attention_norm: jax.Array = nnx.data()  # [L, D]
-    qkv: jax.Array = nnx.data()  # [L, D, K, G+2, H]
+    q: jax.Array = nnx.data()  # [L, D, K, G, H]
+    k: jax.Array = nnx.data()  # [L, D, K, H]
+    v: jax.Array = nnx.data()  # [L, D, K, H]
     attention_out: jax.Array = nnx.data()  # [L, K, G, H, D]
     mlp_norm: jax.Array = nnx.data()  # [L, D]
-    up: jax.Array = nnx.data()  # [L, D, 2 or 1, F]
+    gate: jax.Array | None = nnx.data()  # [L, D, F]
+    up: jax.Array = nnx.data()  # [L, D, F]
     down: jax.Array = nnx.data()  # [L, F, D]
-    qkv_bias: jax.Array | None = nnx.data()  # [L, K, G+2, H]
+    q_bias: jax.Array | None = nnx.data()  # [L, K, G, H]
+    k_bias: jax.Array | None = nnx.data()  # [L, K, H]
+    v_bias: jax.Array | None = nnx.data()  # [L, K, H]
     q_norm: jax.Array | None = nnx.data()  # [L, H]
     k_norm: jax.Array | None = nnx.data()  # [L, H]
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: Any) -> None:
         """Fresh parameters of all layers in `dtype`."""
-        _fill(
-            self, stacked_layer_table(config), key, dtype, optional=("qkv_bias", "q_norm", "k_norm")
-        )
+        optional = ("gate", "q_bias", "k_bias", "v_bias", "q_norm", "k_norm")
+        _fill(self, stacked_layer_table(config), key, dtype, optional)
 
 
 class Decoder(nnx.Module):
@@ -225,10 +229,13 @@ def _project(
     rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
-        qkv = jnp.einsum("btd,dkgh->btkgh", normed, layer.qkv.astype(x.dtype))
-        if layer.qkv_bias is not None:
-            qkv = qkv + layer.qkv_bias.astype(x.dtype)[None, None]
-    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = jnp.einsum("btd,dkgh->btkgh", normed, layer.q.astype(x.dtype))
+        k = jnp.einsum("btd,dkh->btkh", normed, layer.k.astype(x.dtype))
+        v = jnp.einsum("btd,dkh->btkh", normed, layer.v.astype(x.dtype))
+        if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
+            q = q + layer.q_bias.astype(x.dtype)[None, None]
+            k = k + layer.k_bias.astype(x.dtype)[None, None]
+            v = v + layer.v_bias.astype(x.dtype)[None, None]
     if layer.q_norm is not None and layer.k_norm is not None:
         q = block.rms_norm(q, layer.q_norm, config.norm_eps)
         k = block.rms_norm(k, layer.k_norm, config.norm_eps)
@@ -246,4 +253,5 @@ def _attention_out(layer: Layers, heads: jax.Array) -> jax.Array:
 
 def _mlp(layer: Layers, config: ModelConfig, x: jax.Array) -> jax.Array:
     normed = block.rms_norm(x, layer.mlp_norm, config.norm_eps)
-    return block.mlp(normed, layer.up.astype(x.dtype), layer.down.astype(x.dtype))
+    gate = None if layer.gate is None else layer.gate.astype(x.dtype)
+    return block.mlp(normed, gate, layer.up.astype(x.dtype), layer.down.astype(x.dtype))

@@ -6,6 +6,7 @@ Letters: L layers, D width, N query heads, K kv heads, G = N / K, H head size, F
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,6 @@ class HFTensor:
     """Shape in the checkpoint."""
     parameter: str
     """Our parameter (one layer of it, if it is stacked)."""
-    part: tuple[Any, ...] = ()
-    """Index into our array that this tensor fills; empty: all of it."""
     read: Callable[[np.ndarray], np.ndarray] = lambda x: x
     """Checkpoint layout -> ours."""
     write: Callable[[np.ndarray], np.ndarray] = lambda x: x
@@ -49,7 +48,6 @@ def tensor_table(config: ModelConfig) -> list[HFTensor]:
     """Every tensor of a checkpoint of this architecture. All supported families use these names."""
     d, k, h, f = config.width, config.num_kv_heads, config.head_size, config.ffw_size
     g = config.num_heads // k
-    every = slice(None)
     table = [
         HFTensor("model.embed_tokens.weight", (config.vocab_size, d), "embedding"),
         HFTensor("model.norm.weight", (d,), "final_norm"),
@@ -71,25 +69,14 @@ def tensor_table(config: ModelConfig) -> list[HFTensor]:
             layer + "mlp.down_proj.weight", (d, f), "down", read=np.transpose, write=np.transpose
         ),
     ]
-    for half, name in enumerate(("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)):
+    for name in ("gate", "up") if config.gated_mlp else ("up",):
         table.append(
-            HFTensor(
-                layer + f"mlp.{name}.weight",
-                (f, d),
-                "up",
-                (every, half),
-                np.transpose,
-                np.transpose,
-            )
+            HFTensor(f"{layer}mlp.{name}_proj.weight", (f, d), name, np.transpose, np.transpose)
         )
-    for name, heads, where in (
-        ("q", g, slice(g)),
-        ("k", 1, slice(g, g + 1)),
-        ("v", 1, slice(g + 1, g + 2)),
-    ):
-        table.append(_projection(layer + f"self_attn.{name}_proj.weight", (k, heads, h, d), where))
+    for name, heads in (("q", (k, g, h)), ("k", (k, h)), ("v", (k, h))):
+        table.append(_projection(f"{layer}self_attn.{name}_proj.weight", name, heads, d))
         if config.qkv_bias:
-            table.append(_bias(layer + f"self_attn.{name}_proj.bias", (k, heads, h), where))
+            table.append(_bias(f"{layer}self_attn.{name}_proj.bias", f"{name}_bias", heads))
     if config.qk_norm:
         table += [
             HFTensor(layer + "self_attn.q_norm.weight", (h,), "q_norm"),
@@ -98,39 +85,37 @@ def tensor_table(config: ModelConfig) -> list[HFTensor]:
     return table
 
 
-def _projection(name: str, khd: tuple[int, int, int, int], where: slice) -> HFTensor:
-    """A q, k or v projection: [K heads H, D] there, [D, K, heads, H] here."""
-    k, heads, h, d = khd
+def _projection(name: str, parameter: str, heads: tuple[int, ...], width: int) -> HFTensor:
+    """A q, k or v projection: [heads, D] there, [D, *heads] here."""
+    size = math.prod(heads)
     return HFTensor(
         name,
-        (k * heads * h, d),
-        "qkv",
-        (slice(None), slice(None), where),
-        read=lambda w: w.reshape(khd).transpose(3, 0, 1, 2),
-        write=lambda w: w.transpose(1, 2, 3, 0).reshape(k * heads * h, d),
+        (size, width),
+        parameter,
+        read=lambda w: w.T.reshape(width, *heads),
+        write=lambda w: w.reshape(width, size).T,
     )
 
 
-def _bias(name: str, shape: tuple[int, int, int], where: slice) -> HFTensor:
-    """A q, k or v bias: [K heads H] there, [K, heads, H] here."""
+def _bias(name: str, parameter: str, heads: tuple[int, ...]) -> HFTensor:
+    """A q, k or v bias: flat there, by head here."""
     return HFTensor(
         name,
-        (int(np.prod(shape)),),
-        "qkv_bias",
-        (slice(None), where),
-        read=lambda b: b.reshape(shape),
+        (math.prod(heads),),
+        parameter,
+        read=lambda b: b.reshape(heads),
         write=lambda b: b.reshape(-1),
     )
 
 
-def _expand(config: ModelConfig) -> Iterator[tuple[str, HFTensor, tuple[Any, ...]]]:
+def _expand(config: ModelConfig) -> Iterator[tuple[str, HFTensor, Any]]:
     """(full name, tensor, index into our stacked parameter) of every tensor of the checkpoint."""
     for tensor in tensor_table(config):
         if "{i}" not in tensor.name:
-            yield tensor.name, tensor, (..., *tensor.part)
+            yield tensor.name, tensor, ...
             continue
         for i in range(config.num_layers):
-            yield tensor.name.format(i=i), tensor, (i, *tensor.part)
+            yield tensor.name.format(i=i), tensor, i
 
 
 def read_config(folder: Path | str) -> ModelConfig:

@@ -54,16 +54,17 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def mlp(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """The feed-forward block on x [..., D] with up [D, 2 or 1, F] and down [F, D].
+def mlp(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array) -> jax.Array:
+    """The feed-forward block on x [..., D] with gate and up [D, F] and down [F, D].
 
-    Two halves: down(silu(gate) * value), arXiv:2002.05202 eq. 6. One: down(silu(value)).
+    down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, down(silu(up x)).
     """
     with jax.named_scope("mlp"):
-        inner = jnp.einsum("...d,dpf->...pf", x, up)
-        active = jax.nn.silu(inner[..., 0, :])
-        if up.shape[1] == 2:
-            active = active * inner[..., 1, :]
+        inner = jnp.einsum("...d,df->...f", x, up)
+        if gate is None:
+            active = jax.nn.silu(inner)
+        else:
+            active = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate)) * inner
         return jnp.einsum("...f,fd->...d", active, down)
 
 

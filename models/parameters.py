@@ -44,24 +44,28 @@ def _matrix(shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int, d
 def layer_table(config: ModelConfig) -> dict[str, Parameter]:
     """Parameters of one layer, by attribute name of `models.decoder.Layers`.
 
-    Query, key and value projections are one matrix grouped by kv head: entries 0..G-1 of the group
-    dimension are the queries that share the head, G its key, G+1 its value; gate and up are one
-    likewise. One product instead of three, and a split over kv heads keeps each group on one
-    device. Projections into the residual stream start 1 / sqrt(2 L) smaller (GPT-2, section 2.3).
+    Query heads are grouped by the kv head they share, so that a split over kv heads keeps each
+    group on one device. Projections into the residual stream start 1 / sqrt(2 L) smaller (GPT-2,
+    section 2.3).
     """
     d, k, h, f = config.width, config.num_kv_heads, config.head_size, config.ffw_size
     g, depth = config.num_heads // k, 2 * config.num_layers
-    halves = 2 if config.gated_mlp else 1
     table = {
         "attention_norm": Parameter((d,), (None,), fill=1.0),
-        "qkv": _matrix((d, k, g + 2, h), ("width", "kv_heads", None, None), d),
+        "q": _matrix((d, k, g, h), ("width", "kv_heads", None, None), d),
+        "k": _matrix((d, k, h), ("width", "kv_heads", None), d),
+        "v": _matrix((d, k, h), ("width", "kv_heads", None), d),
         "attention_out": _matrix((k, g, h, d), ("kv_heads", None, None, "width"), k * g * h, depth),
         "mlp_norm": Parameter((d,), (None,), fill=1.0),
-        "up": _matrix((d, halves, f), ("width", None, "ffw"), d),
+        "up": _matrix((d, f), ("width", "ffw"), d),
         "down": _matrix((f, d), ("ffw", "width"), f, depth),
     }
+    if config.gated_mlp:
+        table["gate"] = _matrix((d, f), ("width", "ffw"), d)
     if config.qkv_bias:
-        table["qkv_bias"] = Parameter((k, g + 2, h), ("kv_heads", None, None))
+        table["q_bias"] = Parameter((k, g, h), ("kv_heads", None, None))
+        table["k_bias"] = Parameter((k, h), ("kv_heads", None))
+        table["v_bias"] = Parameter((k, h), ("kv_heads", None))
     if config.qk_norm:
         table["q_norm"] = Parameter((h,), (None,), fill=1.0)
         table["k_norm"] = Parameter((h,), (None,), fill=1.0)

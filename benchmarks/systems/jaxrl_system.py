@@ -44,7 +44,10 @@ class System:
             rollout=RolloutConfig(
                 max_prompt_tokens=workload.prompt_tokens, max_new_tokens=workload.new_tokens
             ),
-            grpo=GrpoConfig(prompts_per_step=len(workload.prompts), group_size=workload.group_size),
+            grpo=GrpoConfig(
+                prompts_per_step=len(workload.prompts), group_size=workload.group_size,
+                drop_zero_advantage=False,  # the others train on every group
+            ),
         )  # fmt: skip
         self.engine = self._engine(workload.samples, workload.new_tokens)
         self.tail_engine = self._engine(workload.tail_slots, workload.max_tail_length)

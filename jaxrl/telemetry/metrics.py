@@ -16,7 +16,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from jaxrl.telemetry.jsonl import dump_line, finite_or_none, read_records
-from roofline.phases import WORK_PHASES
+from roofline.phases import Phase
 
 _KEY = re.compile(r"[a-z0-9_]+(/[A-Za-z0-9_.@-]+)+")
 
@@ -31,6 +31,9 @@ STORY = {
 """Curves repeated under 00_story/, which TensorBoard sorts to the top of its first page."""
 
 
+_SHOWN_PHASES = (Phase.DECODE, Phase.TRAIN, Phase.PREFILL, Phase.OPTIMIZER, Phase.PUBLISH)
+
+
 def story_layout() -> dict[str, dict[str, list[Any]]]:
     """Custom scalar layout: what is learnt, predicted | measured per phase, staleness, mismatch."""
     phases = {
@@ -38,7 +41,7 @@ def story_layout() -> dict[str, dict[str, list[Any]]]:
             "Multiline",
             [f"roofline/{phase}/predicted_s", f"roofline/{phase}/measured_s"],
         ]
-        for phase in WORK_PHASES
+        for phase in _SHOWN_PHASES
     }
     return {
         "1 learning": {

@@ -138,7 +138,7 @@ def test_weights_load_straight_into_their_shardings(folder):
     mesh = make_mesh(jax.devices()[:8], data=1, fsdp=4, tensor=2)
     shardings = policy_shardings(TINY, mesh)
     sharded = load_policy(folder, shardings=shardings)
-    assert sharded.layers.qkv.sharding == shardings.layers.qkv
+    assert sharded.layers.q.sharding == shardings.layers.q
     assert equal(jax.device_get(sharded), jax.device_get(make(TINY)))
 
 

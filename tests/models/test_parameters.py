@@ -82,13 +82,13 @@ def test_structure_is_the_same_inside_jit_and_after_tree_map():
     assert jax.tree.structure(policy) == jax.tree.structure(made_in_jit)
     assert jax.tree.structure(policy) == jax.tree.structure(cast)
     assert isinstance(cast, Decoder)
-    assert cast.layers.qkv.dtype == jnp.bfloat16
+    assert cast.layers.q.dtype == jnp.bfloat16
 
 
 def test_same_key_gives_same_parameters_and_another_key_others():
     a, b, c = (Decoder(TINY, jax.random.key(seed)) for seed in (0, 0, 1))
     assert jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a, b))
-    assert not bool(jnp.any(a.layers.qkv == c.layers.qkv))
+    assert not bool(jnp.any(a.layers.q == c.layers.q))
 
 
 def test_optax_masks_updates_and_grad_work_on_the_module():
@@ -111,4 +111,4 @@ def test_decay_covers_the_matrices_of_the_layers_and_nothing_else():
     config = replace(TINY, qk_norm=True, qkv_bias=True, tied_embeddings=False)
     flat = jax.tree_util.tree_leaves_with_path(decay_mask(config))
     decayed = {jax.tree_util.keystr(path[-1:], simple=True) for path, on in flat if on}
-    assert decayed == {"qkv", "attention_out", "up", "down"}
+    assert decayed == {"q", "k", "v", "attention_out", "gate", "up", "down"}

@@ -109,7 +109,7 @@ def test_sharded_initialisation_gives_the_values_of_one_device(mesh):
 def test_parameters_are_split_over_both_axes():
     mesh = make_mesh(jax.devices()[:8], data=1, fsdp=4, tensor=2)
     specs = jax.tree.map(lambda s: s.spec, policy_shardings(CONFIG, mesh))
-    assert specs.layers.qkv == PartitionSpec(None, "fsdp", "tensor", None, None)
+    assert specs.layers.q == PartitionSpec(None, "fsdp", "tensor", None, None)
     assert specs.layers.down == PartitionSpec(None, "tensor", "fsdp")
     assert specs.embedding == PartitionSpec("tensor", "fsdp")
 
