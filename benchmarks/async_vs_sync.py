@@ -82,7 +82,9 @@ def run(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]
         "samples_per_s": samples * len(steps) / seconds,
         "step_s": seconds / len(steps),
         "phase_s_per_step": dict(phases),
-        "predicted_step_s": plan.comparison.sync_s if case.staleness == 0 else plan.comparison.async_s,
+        "predicted_step_s": plan.comparison.sync_s
+        if case.staleness == 0
+        else plan.comparison.async_s,
         "predicted_winner": plan.comparison.winner,
         "predicted_speedup": plan.comparison.speedup,
         "contention": hardware.contention,
@@ -97,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Alternate the cases and write the comparison."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.async_vs_sync")
     parser.add_argument("--config", default="quickstart")
-    parser.add_argument("--steps", type=int, default=40, help=f"the first {COMPILED_STEPS} do not count")
+    parser.add_argument(
+        "--steps", type=int, default=40, help=f"the first {COMPILED_STEPS} do not count"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency-s", type=float, nargs="*", default=[0.0, 0.3])
     parser.add_argument("--out", type=Path, default=record.RESULTS)
@@ -112,9 +116,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for case in cases if n % 2 == 0 else cases[::-1]:
             with tempfile.TemporaryDirectory() as folder:
                 seen[case].append(run(case, options, Path(folder) / "run"))
-            print(f"round {n + 1}: {case.name}: {seen[case][-1]['samples_per_s']:.0f} samples/s", flush=True)
+            print(
+                f"round {n + 1}: {case.name}: {seen[case][-1]['samples_per_s']:.0f} samples/s",
+                flush=True,
+            )
     content = {case.name: _summary(results) for case, results in seen.items()}
-    content = {"provenance": made, "config": options.config, "steps": options.steps, "cases": content}
+    content = {
+        "provenance": made,
+        "config": options.config,
+        "steps": options.steps,
+        "cases": content,
+    }
     record.write("async_vs_sync", content, _report(seen, options), options.out)
 
 
@@ -155,8 +167,8 @@ def _report(seen: dict[Case, list[dict[str, Any]]], options: argparse.Namespace)
         )
     return (
         f"# Overlapped and lockstep training, {options.config}\n\n{options.rounds} rounds of "
-        f"{options.steps} steps, alternating; steps after the first {COMPILED_STEPS}, median (min to max) over rounds; "
-        f"phases in seconds per step, both lanes run at once when overlapped. The prediction "
+        f"{options.steps} steps, alternating; steps after the first {COMPILED_STEPS}, median (min to "
+        f"max) over rounds; phases in seconds per step, both lanes run at once when overlapped. The prediction "
         f"assumes that every completion reaches its limit.\n\n{record.table(head, rows)}\n\n"
         + "\n".join(verdicts)
     )

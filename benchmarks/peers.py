@@ -231,9 +231,7 @@ def measure(
             worker = workers[(n + position) % len(workers)]
             for scenario in options.scenarios:
                 answer = checked(worker, scenario, workload)
-                records.append(
-                    {"round": n, "system": worker.name, "scenario": scenario, **answer}
-                )
+                records.append({"round": n, "system": worker.name, "scenario": scenario, **answer})
         records += [
             {"round": n, "system": w.name, "scenario": "peak", **w.ask("peak")}
             for w in workers

@@ -20,7 +20,9 @@ HOW = {
 
 
 def summarise(
-    workload: Workload, records: Sequence[Mapping[str, Any]], hellos: Mapping[str, Mapping[str, Any]]
+    workload: Workload,
+    records: Sequence[Mapping[str, Any]],
+    hellos: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Medians and spreads per system, shares of the measured matmul peak, and the raw rounds."""
     peak = max((r["flops_per_s"] for r in records if r["scenario"] == "peak"), default=0.0)
@@ -119,8 +121,8 @@ def report(content: Mapping[str, Any]) -> str:
         f"Rollout: {facts['fixed']}, sampling at temperature 1, no end token; {facts['rollout_tokens']} "
         f"generated tokens, prefill included. Train step: GRPO loss and AdamW over "
         f"{facts['train_tokens']} tokens in micro-batches of {facts['microbatch_sequences']} sequences, "
-        f"after the rewards are known (jaxrl's includes packing). Peak: {content['matmul_peak_gflops_per_s']:.0f} "
-        f"GFLOP/s, the best 2048^3 float32 product of torch and XLA in any round; shares count useful "
+        f"after the rewards are known (jaxrl's includes packing). Peak: "
+        f"{content['matmul_peak_gflops_per_s']:.0f} GFLOP/s, the best 2048^3 float32 product of torch and XLA in any round; shares count useful "
         f"work only (each prompt prefilled once, no padding).\n\n"
         f"Tail: {facts['tail_samples']} samples of the same prompt length whose completion lengths are "
         f"lognormal with median {facts['tail_median']} and longest {facts['tail_max']} tokens, "

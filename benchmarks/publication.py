@@ -76,7 +76,9 @@ def make_rig(shape: str, slots: int, new_tokens: int) -> Rig:
     simulate_cpu_devices(2)
     config = model_config(SHAPES[shape])
     learner, rollout = make_mesh(jax.devices()[:1]), make_mesh(jax.devices()[1:2])
-    store = WeightStore(config, learner_mesh=learner, rollout_mesh=rollout, dtype=jnp.dtype("float32"))
+    store = WeightStore(
+        config, learner_mesh=learner, rollout_mesh=rollout, dtype=jnp.dtype("float32")
+    )
     policy = init_sharded(config, jax.random.key(0), learner, jnp.float32)
     store.publish(0, policy)
     engine = RolloutEngine(
@@ -147,7 +149,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"ratio is within a round.\n\n{record.table(head, rows)}"
     )
     record.write(
-        f"publication_{options.shape}", {"provenance": made, "cases": content}, markdown, options.out
+        f"publication_{options.shape}",
+        {"provenance": made, "cases": content},
+        markdown,
+        options.out,
     )
 
 

@@ -116,7 +116,9 @@ class GroupBuffer:
         """Weights `version`, trained on the groups last taken, are published: free their tickets."""
         with self._changed:
             if version != self._version + 1:
-                raise ValueError(f"released version {version} after {self._version}; steps by 1 only")
+                raise ValueError(
+                    f"released version {version} after {self._version}; steps by 1 only"
+                )
             self._version = version
             self._free_tickets += self.prompts_per_step
             self._changed.notify_all()
@@ -125,7 +127,8 @@ class GroupBuffer:
         """Stream position and unfinished business, for a checkpoint between `release` and `take`."""
         with self._changed:
             return BufferState(
-                next_index=self._next_index, outstanding=tuple(sorted([*self._births, *self._again]))
+                next_index=self._next_index,
+                outstanding=tuple(sorted([*self._births, *self._again])),
             )
 
     # -- either side -------------------------------------------------------------------------------

@@ -105,9 +105,7 @@ def make_rewards(config: Config) -> RewardPool:
     )
 
 
-def make_evaluator(
-    config: Config, subject: Subject, mesh: Mesh, rewards: RewardPool
-) -> Evaluator:
+def make_evaluator(config: Config, subject: Subject, mesh: Mesh, rewards: RewardPool) -> Evaluator:
     """Held-out evaluation on the rollout devices, unobserved: its time is the eval phase's."""
     params = SamplingParams(
         temperature=config.eval.temperature,

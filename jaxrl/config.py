@@ -27,7 +27,7 @@ class RunConfig:
     seed: int = 0
     """Root of every random stream of the run."""
     fork_from: Path | None = None
-    """Start from the newest checkpoint of this run folder (weights only), as a new run at step 0."""
+    """Start from this run folder's newest checkpoint (weights only), as a new run at step 0."""
     report: bool = True
     """Write report.md and report.html at the end."""
 
@@ -37,7 +37,7 @@ class ModelOptions:
     """Which policy: a checkpoint folder, or a decoder initialised from scratch in the given shape."""
 
     path: Path | None = None
-    """Folder with config.json and safetensors. When set, the shape below is read from it and must stay default."""
+    """Folder with config.json and safetensors; the shape below is then read from it and must stay default."""
     width: int = 128
     """D, residual stream."""
     num_layers: int = 2
@@ -135,7 +135,7 @@ class TrainConfig:
     logprob_chunk_tokens: int = 4096
     """Tokens whose logits exist at once, so that memory does not grow with tokens * vocabulary."""
     max_nonfinite_steps: int = 3
-    """Stop after this many steps in a row with a non-finite loss or gradient; each one is skipped and counted."""
+    """Stop after this many steps in a row with a non-finite gradient; each one is skipped and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +171,7 @@ class GrpoConfig:
     group_size: int = 8
     """G, samples per prompt."""
     advantage_scale: Literal["group_std", "batch_std", "none"] = "group_std"
-    """What divides reward minus group mean. group_std: GRPO arXiv:2402.03300; none: Dr. GRPO arXiv:2503.20783."""
+    """Divides reward minus group mean. group_std: GRPO arXiv:2402.03300; none: Dr. GRPO arXiv:2503.20783."""
     advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
     """What is subtracted from the reward."""
     drop_zero_advantage: bool = True
@@ -204,22 +204,37 @@ class GrpoConfig:
     """Leave completions that hit the length limit out of the loss (arXiv:2503.14476, overlong filtering)."""
 
     def __post_init__(self) -> None:
-        _check(self.group_size >= 2, f"grpo.group_size={self.group_size}: a group needs at least 2 samples to compare")
-        _check(self.prompts_per_step >= 1, f"grpo.prompts_per_step={self.prompts_per_step} must be at least 1")
-        _check(0 <= self.clip_low <= 1, f"grpo.clip_low={self.clip_low} must lie in [0, 1]; usual: 0.2")
-        _check(self.clip_high >= 0, f"grpo.clip_high={self.clip_high} must be >= 0; usual: 0.2 or 0.28")
+        _check(
+            self.group_size >= 2,
+            f"grpo.group_size={self.group_size}: a group needs at least 2 samples to compare",
+        )
+        _check(
+            self.prompts_per_step >= 1,
+            f"grpo.prompts_per_step={self.prompts_per_step} must be at least 1",
+        )
+        _check(
+            0 <= self.clip_low <= 1, f"grpo.clip_low={self.clip_low} must lie in [0, 1]; usual: 0.2"
+        )
+        _check(
+            self.clip_high >= 0, f"grpo.clip_high={self.clip_high} must be >= 0; usual: 0.2 or 0.28"
+        )
         _check(
             self.dual_clip == 0 or self.dual_clip > 1,
             f"grpo.dual_clip={self.dual_clip} must be 0 (off) or greater than 1; usual: 3",
         )
         _check(
             self.correction == "none" or self.ratio_from == "learner",
-            f"grpo.correction={self.correction} with grpo.ratio_from=sampler would weight by learner/sampler twice; "
-            "set grpo.ratio_from=learner, or grpo.correction=none",
+            f"grpo.correction={self.correction} with grpo.ratio_from=sampler would weight by "
+            "learner/sampler twice; set grpo.ratio_from=learner, or grpo.correction=none",
+        )
+        _check(
+            self.correction_cap >= 1,
+            f"grpo.correction_cap={self.correction_cap} must be at least 1; usual: 2",
         )
         _check(
             self.ratio != "gspo" or self.aggregation == "sequence_mean",
-            f"grpo.ratio=gspo is a sequence ratio and needs grpo.aggregation=sequence_mean, not {self.aggregation}",
+            "grpo.ratio=gspo is a sequence ratio and needs grpo.aggregation=sequence_mean, "
+            f"not {self.aggregation}",
         )
 
 
@@ -253,8 +268,10 @@ class MeshConfig:
     @property
     def devices(self) -> int:
         """Devices of both meshes together."""
-        return max(self.learner_devices, self.rollout_devices) if self.colocated else (
-            self.learner_devices + self.rollout_devices
+        return (
+            max(self.learner_devices, self.rollout_devices)
+            if self.colocated
+            else (self.learner_devices + self.rollout_devices)
         )
 
 
@@ -300,6 +317,18 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        filtered = self.rollout.top_p < 1 or self.rollout.top_k > 0
+        _check(
+            not filtered or self.grpo.ratio_from == "learner",
+            f"rollout.top_p={self.rollout.top_p} and rollout.top_k={self.rollout.top_k} renormalise what "
+            "is sampled from, which the learner does not, so a ratio to the sampler would be wrong; set "
+            "grpo.ratio_from=learner, or top_p=1 and top_k=0",
+        )
+        _check(
+            self.rollout.temperature > 0,
+            f"rollout.temperature={self.rollout.temperature} must be positive: greedy samples of a group "
+            "are all alike; usual: 1",
+        )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
         _check(
             self.train.row_tokens >= longest,

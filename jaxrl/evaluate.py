@@ -1,8 +1,8 @@
 """`python -m jaxrl.evaluate`: pass@1, pass@k and maj@k of a run or a checkpoint, as a table and as JSON.
 
-    python -m jaxrl.evaluate --run runs/quickstart
-    python -m jaxrl.evaluate --run runs/quickstart --checkpoint 100 --samples 32 --k 1 8 32
-    python -m jaxrl.evaluate --config stories --checkpoint FOLDER_WITH_SAFETENSORS --greedy
+python -m jaxrl.evaluate --run runs/quickstart
+python -m jaxrl.evaluate --run runs/quickstart --checkpoint 100 --samples 32 --k 1 8 32
+python -m jaxrl.evaluate --config stories --checkpoint FOLDER_WITH_SAFETENSORS --greedy
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def to_json(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, object]:
         "pass_at": {str(k): evaluation.pass_at(k) for k in ks},
         "maj_at": {str(k): evaluation.majority_at(k) for k in ks},
         "length_mean_tokens": sum(len(r.completion.tokens) for r in rollouts) / len(rollouts),
-        "truncated_share": sum(r.completion.finish is Finish.LENGTH for r in rollouts) / len(rollouts),
+        "truncated_share": sum(r.completion.finish is Finish.LENGTH for r in rollouts)
+        / len(rollouts),
     }
 
 
@@ -131,7 +132,9 @@ def _config(args: EvaluateArgs) -> Config:
             model = dataclasses.replace(config.model, path=Path(args.checkpoint))
             config = dataclasses.replace(config, model=model)
     else:
-        raise UserError("nothing to evaluate: give --run FOLDER, or --config NAME with --checkpoint")
+        raise UserError(
+            "nothing to evaluate: give --run FOLDER, or --config NAME with --checkpoint"
+        )
     temperature = 0.0 if args.greedy else args.temperature
     if temperature is not None:
         config = dataclasses.replace(
@@ -151,13 +154,17 @@ def _step(args: EvaluateArgs, checkpoints: Checkpoints) -> int:
         return latest
     steps = checkpoints.steps()
     if not args.checkpoint.isdigit() or int(args.checkpoint) not in steps:
-        raise UserError(f"--checkpoint {args.checkpoint} is not in {args.run}; it has steps {steps}")
+        raise UserError(
+            f"--checkpoint {args.checkpoint} is not in {args.run}; it has steps {steps}"
+        )
     return int(args.checkpoint)
 
 
 def _print(result: dict[str, object], ks: Sequence[int]) -> None:
     console = make_console()
-    table = Table(title=f"step {result['step']}: {result['problems']} problems x {result['samples']} samples")
+    table = Table(
+        title=f"step {result['step']}: {result['problems']} problems x {result['samples']} samples"
+    )
     for name in ("k", "pass@k", "maj@k"):
         table.add_column(name, justify="right")
     pass_at, maj_at = result["pass_at"], result["maj_at"]

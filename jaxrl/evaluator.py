@@ -43,7 +43,9 @@ class Evaluation:
         """maj@k: the most frequent completion is correct; ties count in part."""
         rng = np.random.default_rng(0)
         votes = [
-            majority_at_k([r.text.strip() for r in row], [r.reward.correct for r in row], k, rng=rng)
+            majority_at_k(
+                [r.text.strip() for r in row], [r.reward.correct for r in row], k, rng=rng
+            )
             for row in self.rollouts
         ]
         return float(np.mean(votes))
@@ -87,9 +89,11 @@ class Evaluator:
             )
             self._engine.submit(
                 Request(
-                    stream=stream, prompt=prompt, sample_indices=tuple(range(samples)),
+                    stream=stream,
+                    prompt=prompt,
+                    sample_indices=tuple(range(samples)),
                     params=self._params,
-                )  # fmt: skip
+                )
             )
         rows: list[list[Completion]] = [[] for _ in problems]
         verdicts: dict[int, Future[list[Reward]]] = {}
@@ -102,9 +106,7 @@ class Evaluator:
                     verdicts[request.stream] = self._submit(problems[request.stream], row)
         return Evaluation(
             problems=tuple(problems),
-            rollouts=tuple(
-                self._rollouts(row, verdicts[p].result()) for p, row in enumerate(rows)
-            ),
+            rollouts=tuple(self._rollouts(row, verdicts[p].result()) for p, row in enumerate(rows)),
             version=snapshot.version,
         )
 

@@ -1,4 +1,4 @@
-"""What the run tells telemetry: each phase's measured span, with the cost that `roofline` gives its real shapes."""
+"""What a run tells telemetry: each phase's measured span, with the cost of its real shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from models.config import ModelConfig
 from roofline import cost
 from roofline.kernels import Layout
 from roofline.phases import Phase, PhaseCost, PhaseTime
-
 
 Work = dict[str, int]
 """Counts of what a span did."""
@@ -122,9 +121,7 @@ class Observer:
 
     def publish(self, version: int) -> Observed:
         """Weights to the rollout devices."""
-        return self._observe(
-            Phase.PUBLISH, "learner", lambda s, _: s.publish(), version=version
-        )
+        return self._observe(Phase.PUBLISH, "learner", lambda s, _: s.publish(), version=version)
 
     def phase(self, phase: Phase) -> Observed:
         """A phase of the learner's thread without a cost: wait_batch, eval, checkpoint."""

@@ -106,21 +106,45 @@ def plan_rows(
     config: Config, plan: Plan, hardware: Hardware, tokenizer: Tokenizer
 ) -> list[tuple[str, str, str]]:
     """Rows (quantity, value, how it follows) of the printed plan."""
-    model, grpo, train = plan.shapes.model, config.grpo, config.train
-    budget = train.rows_per_microbatch * train.row_tokens
+    model, grpo, train, rollout = plan.shapes.model, config.grpo, config.train, config.rollout
     rows = [
-        ("parameters", f"{model.num_parameters:,}", f"{model.num_layers} layers of width {model.width}, {model.vocab_size} tokens ({tokenizer.name})"),
-        ("samples per step", f"{plan.samples:,}", f"{grpo.prompts_per_step} prompts x {grpo.group_size} samples"),
-        ("micro-batch", f"{budget:,} tokens", f"{train.rows_per_microbatch} packed rows x {train.row_tokens}; at most {plan.microbatches} per step"),
-        ("decode slots", f"{config.rollout.slots:,}", f"chunks of {config.rollout.chunk_steps} steps, up to {config.rollout.max_new_tokens} new tokens"),
-        ("staleness", f"<= {config.rollout.max_staleness}", f"{config.rollout.max_staleness + 1} x {grpo.prompts_per_step} groups may be under way"),
+        (
+            "parameters",
+            f"{model.num_parameters:,}",
+            f"{model.num_layers} layers of width {model.width}, {model.vocab_size} {tokenizer.name}",
+        ),
+        (
+            "samples per step",
+            f"{plan.samples:,}",
+            f"{grpo.prompts_per_step} prompts x {grpo.group_size} samples",
+        ),
+        (
+            "micro-batch",
+            f"{train.rows_per_microbatch * train.row_tokens:,} tokens",
+            f"{train.rows_per_microbatch} packed rows x {train.row_tokens}; at most "
+            f"{plan.microbatches} per step",
+        ),
+        (
+            "decode slots",
+            f"{rollout.slots:,}",
+            f"chunks of {rollout.chunk_steps} steps, up to {rollout.max_new_tokens} new tokens",
+        ),
+        (
+            "staleness",
+            f"<= {rollout.max_staleness}",
+            f"{rollout.max_staleness + 1} x {grpo.prompts_per_step} groups may be under way",
+        ),
         ("devices", f"{config.mesh.devices}", _devices(config)),
         ("learner memory", _size(plan.learner_bytes), _parts(plan.learner_bytes)),
         ("rollout memory", _size(plan.rollout_bytes), _parts(plan.rollout_bytes)),
-        ("hardware", hardware.name, "calibrated " + hardware.date if hardware.calibrated else "datasheet"),
-    ]  # fmt: skip
+        ("hardware", _known(hardware), hardware.name),
+    ]
     rows += [
-        (f"predicted {phase}", f"{1e3 * seconds:.1f} ms", "per step, alone, completions at their limit")
+        (
+            f"predicted {phase}",
+            f"{1e3 * seconds:.1f} ms",
+            "per step, alone, completions at their limit",
+        )
         for phase, seconds in plan.phase_s.items()
     ]
     best = plan.comparison
@@ -130,6 +154,10 @@ def plan_rows(
         verdict = "no gain from overlap: the lanes share what binds them"
     rows.append(("predicted step", f"{1e3 * min(best.sync_s, best.async_s):.0f} ms", verdict))
     return rows
+
+
+def _known(hardware: Hardware) -> str:
+    return f"calibrated {hardware.date}" if hardware.calibrated else "datasheet"
 
 
 def _devices(config: Config) -> str:
@@ -147,7 +175,9 @@ def _size(parts: dict[str, int]) -> str:
 
 
 def _parts(parts: dict[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {n / _MIB:.1f}" for name, n in parts.items()) + " MiB"
+    return (
+        ", ".join(f"{name.replace('_', ' ')} {n / _MIB:.1f}" for name, n in parts.items()) + " MiB"
+    )
 
 
 def _check_divisible(config: Config, shapes: Shapes) -> None:

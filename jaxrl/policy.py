@@ -23,7 +23,7 @@ _SHAPE = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_
 def resolve_model(
     options: ModelOptions, task: Task, max_positions: int
 ) -> tuple[ModelConfig, Tokenizer]:
-    """Architecture and tokenizer: read from model.path, or built from the model.* shape and the task's alphabet.
+    """Architecture and tokenizer: from model.path, or from the model.* shape and the task's alphabet.
 
     Raises:
         UserError: the checkpoint cannot be used, does not reach `max_positions` tokens, or model.path

@@ -50,7 +50,8 @@ class RunRecord:
         """Read what `to_json` wrote."""
         fields = dict(tree)
         fields["buffer"] = BufferState(
-            next_index=tree["buffer"]["next_index"], outstanding=tuple(tree["buffer"]["outstanding"])
+            next_index=tree["buffer"]["next_index"],
+            outstanding=tuple(tree["buffer"]["outstanding"]),
         )
         fields["staleness"] = {int(k): v for k, v in tree["staleness"].items()}
         return cls(**fields)

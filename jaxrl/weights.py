@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl.tracing import num_traces
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -50,7 +51,7 @@ class WeightStore:
     @property
     def trace_count(self) -> int:
         """Programs traced so far."""
-        return self._cast._cache_size()
+        return num_traces(self._cast)
 
     def publish(self, version: int, policy: Decoder) -> Snapshot:
         """Copy `policy` to the rollout devices as `version`; returns once it has arrived there.

@@ -9,7 +9,9 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["PJRT_NPROC"] = "16"  # jax 0.10 starves collectives with fewer threads than waiting programs
+os.environ["PJRT_NPROC"] = (
+    "16"  # jax 0.10 starves collectives with fewer threads than waiting programs
+)
 
 from pathlib import Path
 

@@ -51,16 +51,16 @@ class System:
         )  # fmt: skip
         self.engine = self._engine(workload.samples, workload.new_tokens)
         self.tail_engine = self._engine(workload.tail_slots, workload.max_tail_length)
-        self.learner = make_learner(
-            self.config, self.model, self.mesh, self._policy(), Observer()
-        )
+        self.learner = make_learner(self.config, self.model, self.mesh, self._policy(), Observer())
         self.snapshot = Snapshot(version=0, policy=self._policy())
         self.streams = itertools.count()
 
     def step(self) -> Answer:
         """One rollout and one optimizer step on it."""
         work, began = self.workload, time.perf_counter()
-        finished = rollout(self.engine, self.snapshot, self._requests(work.prompts, work.new_tokens))
+        finished = rollout(
+            self.engine, self.snapshot, self._requests(work.prompts, work.new_tokens)
+        )
         rolled = time.perf_counter()
         groups = self._groups(finished)
         scored = time.perf_counter()
@@ -187,9 +187,7 @@ def main() -> None:
     """Serve."""
     conversation = Conversation()
     system = System(conversation.workload)
-    conversation.ready(
-        {"jax": jax.__version__}, parameters=system.model.num_parameters
-    )
+    conversation.ready({"jax": jax.__version__}, parameters=system.model.num_parameters)
     conversation.serve(
         {"step": system.step, "tail": system.tail, "greedy": system.greedy, "peak": system.peak}
     )

@@ -41,9 +41,7 @@ class System:
         rows = [prompt for prompt in work.tail_prompts for _ in range(work.group_size)]
         criteria = StoppingCriteriaList([OwnLengths(work.prompt_tokens, work.tail_lengths)])
         began = time.perf_counter()
-        out = self._generate(
-            rows, work.max_tail_length, do_sample=True, stopping_criteria=criteria
-        )
+        out = self._generate(rows, work.max_tail_length, do_sample=True, stopping_criteria=criteria)
         seconds = time.perf_counter() - began
         assert out.shape == (len(work.tail_lengths), work.max_tail_length), out.shape
         return {"rollout_s": seconds, "rollout_tokens": work.tail_tokens}

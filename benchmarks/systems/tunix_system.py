@@ -2,8 +2,8 @@
 
 Rollout is the sampler's `generate`; train is all of the step's `update_actor` calls. top_p=1 and no
 top_k make it sample (with neither it is greedy). Its cache is exactly as long as needed, since it
-attends over all of it. Tail: a sampler with a longer cache runs until the longest row, as it does when rows sample EOS
-at different steps; only useful tokens are counted.
+attends over all of it. Tail: a sampler with a longer cache runs until the longest row, as it does when
+rows sample EOS at different steps; only useful tokens are counted.
 """
 
 from __future__ import annotations

@@ -63,4 +63,3 @@ def cold_start(
             if pass_at_1 >= sft.stop_at_pass:
                 break
     return learner.state.policy
-

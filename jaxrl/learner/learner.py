@@ -15,7 +15,6 @@ from jaxrl.algorithms.loss import LossMetrics, finish_metrics, zero_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
-from jaxrl.observe import Observer
 from jaxrl.learner.steps import (
     ForwardSettings,
     TrainState,
@@ -26,6 +25,8 @@ from jaxrl.learner.steps import (
     score,
     zeros_like,
 )
+from jaxrl.observe import Observer
+from jaxrl.tracing import num_traces
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.sharding import batch_sharding, policy_shardings
@@ -84,8 +85,9 @@ class Learner:
     @property
     def trace_count(self) -> int:
         """Programs traced so far: flat after the first step."""
-        jitted = (self._zeros, self._score, self._accumulate, self._accumulate_sft, self._apply)
-        return sum(function._cache_size() for function in jitted)
+        return num_traces(
+            self._zeros, self._score, self._accumulate, self._accumulate_sft, self._apply
+        )
 
     @property
     def needs_reference(self) -> bool:
@@ -149,11 +151,11 @@ class Learner:
         return [*scores]
 
     def _zero_metrics(self, batch: Batch, reference: jax.Array | None) -> LossMetrics:
-        if self._metrics_shape is None:
-            _, self._metrics_shape = jax.eval_shape(
-                self._grpo_loss, self.state.policy, batch, reference
-            )
-        return jax.device_put(zero_metrics(self._metrics_shape), self._everywhere)
+        shape = self._metrics_shape
+        if shape is None:
+            _, shape = jax.eval_shape(self._grpo_loss, self.state.policy, batch, reference)
+            self._metrics_shape = shape
+        return jax.device_put(zero_metrics(shape), self._everywhere)
 
     def _take_step(self, gradients: Decoder) -> dict[str, float]:
         traced = self.trace_count
@@ -179,7 +181,10 @@ class Learner:
 
 
 def _optimizer_shardings(
-    optimizer: optax.GradientTransformation, policy: Decoder, shardings: Decoder, scalar: NamedSharding
+    optimizer: optax.GradientTransformation,
+    policy: Decoder,
+    shardings: Decoder,
+    scalar: NamedSharding,
 ) -> Any:
     """Moments lie as their parameters do; counters are replicated."""
     return optax.tree_map_params(

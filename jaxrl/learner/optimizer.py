@@ -11,9 +11,7 @@ FINAL_SHARE = 0.1
 """Share of the peak learning rate at which linear and cosine schedules end."""
 
 
-def learning_rate(
-    *, peak: float, warmup_steps: int, steps: int, schedule: str
-) -> optax.Schedule:
+def learning_rate(*, peak: float, warmup_steps: int, steps: int, schedule: str) -> optax.Schedule:
     """Learning rate of optimizer step 0, 1, ...: linear from 0 over `warmup_steps`, then the schedule.
 
     The first step uses peak / warmup_steps, so no step is wasted at 0. linear and cosine reach

@@ -7,7 +7,7 @@ Gradients of micro-batches are summed: the denominators are in the batch's token
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +100,10 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
 
     def take(state: TrainState) -> TrainState:
-        updates, new = optimizer.update(gradients, state.optimizer, state.policy)
-        policy = optax.apply_updates(state.policy, updates)
-        return TrainState(policy=policy, optimizer=new, step=state.step + 1)
+        policy: Any = state.policy  # a pytree; optax's types know only arrays and containers
+        updates, new = optimizer.update(cast("Any", gradients), state.optimizer, policy)
+        stepped: Any = optax.apply_updates(policy, updates)
+        return TrainState(policy=stepped, optimizer=new, step=state.step + 1)
 
     def skip(state: TrainState) -> TrainState:
         return TrainState(policy=state.policy, optimizer=state.optimizer, step=state.step + 1)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl.observe import Observer
 from jaxrl.rollout.sampling import (
     Admission,
     Chunk,
@@ -29,7 +30,7 @@ from jaxrl.rollout.sampling import (
     empty_slots,
     recompute_cache,
 )
-from jaxrl.observe import Observer
+from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Finish, Snapshot
 from models.cache import KEY_BLOCK
 from models.config import ModelConfig
@@ -145,8 +146,7 @@ class RolloutEngine:
     @property
     def trace_count(self) -> int:
         """Programs traced so far over all jitted functions: flat once every bucket was met."""
-        jitted = (self._prefill, self._admit, self._decode, self._recompute)
-        return sum(function._cache_size() for function in jitted)
+        return num_traces(self._prefill, self._admit, self._decode, self._recompute)
 
     def submit(self, request: Request) -> None:
         """Queue the samples of a request."""

@@ -73,7 +73,9 @@ def processed_logprobs(
     limit = jnp.where(top_k > 0, top_k, vocab)[:, None]
     rank = jnp.arange(vocab)[None, :]
     keep_ranked = (rank < limit) & ((before < top_p[:, None]) | (rank == 0))
-    keep = jnp.zeros_like(keep_ranked).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_ranked)
+    keep = (
+        jnp.zeros_like(keep_ranked).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_ranked)
+    )
     return jax.nn.log_softmax(jnp.where(keep, logprobs, -jnp.inf), axis=-1)
 
 

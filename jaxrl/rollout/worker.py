@@ -1,9 +1,9 @@
 """The rollout thread: tickets in, finished groups out. It never waits for the learner while it has work.
 
-    loop:  take tickets for slots that would stand empty     (waits only when there is nothing to decode)
-           decode one chunk with the newest weights          (a swap happens here, between two chunks)
-           a finished group goes to the verifiers            (worker processes; overlaps decoding)
-    verifiers done -> buffer.put(group)                      (on the verifier pool's thread)
+loop:  take tickets for slots that would stand empty     (waits only when there is nothing to decode)
+       decode one chunk with the newest weights          (a swap happens here, between two chunks)
+       a finished group goes to the verifiers            (worker processes; overlaps decoding)
+verifiers done -> buffer.put(group)                      (on the verifier pool's thread)
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ class RolloutWorker:
                     birth_version=ticket.birth_version,
                     rollouts=tuple(
                         Rollout(completion=completion, text=text, reward=reward)
-                        for completion, text, reward in zip(completions, texts, rewards, strict=True)
+                        for completion, text, reward in zip(
+                            completions, texts, rewards, strict=True
+                        )
                     ),
                 )
             )

@@ -27,7 +27,9 @@ def refusal(
 ) -> Callable[..., str]:
     """Run a command with extra words; the message of its refusal."""
 
-    def call(*words: str, main: Callable[[list[str]], None] = train.main, bare: bool = False) -> str:
+    def call(
+        *words: str, main: Callable[[list[str]], None] = train.main, bare: bool = False
+    ) -> str:
         path = tmp_path / "tiny.yaml"
         save_config(tiny_config(), path)
         argv = [*words] if bare else ["--config", str(path), *words]

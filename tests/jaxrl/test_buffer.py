@@ -45,14 +45,19 @@ def test_synchronous_mode_hands_out_nothing_until_the_weights_are_published() ->
     assert [g.prompt.index for g in buffer.take()] == [0, 1]
     assert buffer.draw(10, wait=False) == []
     buffer.release(1)
-    assert [(t.prompt.index, t.birth_version) for t in buffer.draw(10, wait=False)] == [(2, 1), (3, 1)]
+    assert [(t.prompt.index, t.birth_version) for t in buffer.draw(10, wait=False)] == [
+        (2, 1),
+        (3, 1),
+    ]
 
 
 def test_finished_groups_overtake_a_straggler_only_within_the_bound() -> None:
     buffer = make_buffer(1, 1)
     straggler, quick = buffer.draw(2, wait=False)
     buffer.put(group_of(quick))
-    assert buffer.take()[0].prompt.index == quick.prompt.index  # the straggler may still wait a step
+    assert (
+        buffer.take()[0].prompt.index == quick.prompt.index
+    )  # the straggler may still wait a step
     buffer.release(1)
     (late,) = buffer.draw(1, wait=False)
     buffer.put(group_of(late))

@@ -65,7 +65,9 @@ def plain_loop(config: Config) -> Iterator[dict[str, float]]:
     learner = build.make_learner(config, subject.model, learner_mesh, policy, Observer())
     store = build.make_store(config, subject.model, learner_mesh, rollout_mesh)
     engine = build.make_engine(config, subject, rollout_mesh, Observer())
-    stream = PromptStream(subject.task.problems("train"), subject.tokenizer, config.run.seed, 4, False)
+    stream = PromptStream(
+        subject.task.problems("train"), subject.tokenizer, config.run.seed, 4, False
+    )
     params = SamplingParams(max_new_tokens=4, stop_ids=subject.tokenizer.stop_ids)
     per_step, samples = config.grpo.prompts_per_step, tuple(range(config.grpo.group_size))
     for step in range(config.train.steps):

@@ -37,7 +37,9 @@ def sample_all(
     settings = SamplingParams(**({"max_new_tokens": 10, "stop_ids": (STOP,)} | params))
     for stream, prompt in enumerate(prompts(groups)):
         indices = tuple(range(group_size))
-        engine.submit(Request(stream=stream, prompt=prompt, sample_indices=indices, params=settings))
+        engine.submit(
+            Request(stream=stream, prompt=prompt, sample_indices=indices, params=settings)
+        )
     done = {}
     while not engine.is_idle:
         for request, completion in engine.run_chunk(Snapshot(version=0, policy=policy)):
@@ -96,13 +98,16 @@ def test_completions_end_at_the_stop_token_or_the_limit(sampled) -> None:
             assert completion.tokens[-1] == STOP
         else:
             assert len(completion.tokens) == 10
-        assert len(completion.sampler_logprobs) == len(completion.versions) == len(completion.tokens)
+        assert (
+            len(completion.sampler_logprobs) == len(completion.versions) == len(completion.tokens)
+        )
     assert finishes == {Finish.STOP, Finish.LENGTH}
 
 
 def test_greedy_takes_the_most_likely_token(tiny_policy: Decoder) -> None:
     (first, second) = (
-        sample_all(make_engine(tiny_policy, seed=s), tiny_policy, 3, 1, temperature=0.0) for s in (0, 1)
+        sample_all(make_engine(tiny_policy, seed=s), tiny_policy, 3, 1, temperature=0.0)
+        for s in (0, 1)
     )
     for key, completion in first.items():
         np.testing.assert_array_equal(completion.tokens, second[key].tokens)
