@@ -1,8 +1,8 @@
 """A Llama-like decoder: the same code trains, scores, prefills and decodes.
 
 `Decoder` is an `nnx.Module` used as an immutable typed pytree: built once, never assigned after,
-passed through `jax.*` transformations only. Layers are stacked on a leading dimension L and
-scanned.
+passed through `jax.*` transformations only. Layers are stacked on a leading dimension L; training,
+scoring and prefill scan over it, decode unrolls it.
 Letters: B rows or slots, P prompts, T tokens, S cached keys, L layers, D width, K kv heads, G query
 heads per kv head, H head size, V vocabulary.
 """
@@ -20,7 +20,6 @@ from models import layers as block
 from models.activations import constrain_rows
 from models.cache import KEY_BLOCK, KVCache, block_keys, prefix, widen, write_token
 from models.config import ModelConfig
-from models.embedding import embed
 from models.parameters import Parameter, outer_table, stacked_layer_table
 
 
@@ -102,7 +101,9 @@ def hidden_states(
     """Final, normalised hidden states [B, T, D] of packed rows, in `dtype`.
 
     tokens, positions (from 0 within each sequence) and segment_ids (0 padding) are [B, T] int32.
-    remat: backward recomputes each layer from its input instead of keeping its activations.
+    Backward recomputes a layer from what forward kept of it: the results of the weight products, or
+    with `remat` only its input. Keeping also attention scores and elementwise results doubles the
+    memory and is slower on CPU.
     """
     config = policy.config
     mask = block.packed_mask(segment_ids)
@@ -114,9 +115,9 @@ def hidden_states(
         x = x + _attention_out(layer, block.packed_attention(q, k, v, mask))
         return constrain_rows(x + _mlp(layer, config, x)), None
 
-    if remat:
-        attend = jax.checkpoint(attend, prevent_cse=False)
-    x = constrain_rows(embed(policy.embedding, tokens).astype(dtype))
+    saved = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    attend = jax.checkpoint(attend, prevent_cse=False, policy=saved)
+    x = constrain_rows(block.embed(policy.embedding, tokens).astype(dtype))
     x, _ = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return block.rms_norm(x, policy.final_norm, config.norm_eps)
 
@@ -142,7 +143,7 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
         x = constrain_rows(x + _mlp(layer, config, x))
         return x, (block_keys(k), v.transpose(0, 2, 1, 3))
 
-    x = constrain_rows(embed(policy.embedding, tokens).astype(dtype))
+    x = constrain_rows(block.embed(policy.embedding, tokens).astype(dtype))
     _, (keys, values) = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return keys, values
 
@@ -185,7 +186,7 @@ def decode_step(
     tables = block.rope_tables(
         positions[:, None], cache.max_tokens, config.head_size, config.rope_theta
     )
-    x = constrain_rows(embed(policy.embedding, tokens[:, None]).astype(dtype))
+    x = constrain_rows(block.embed(policy.embedding, tokens[:, None]).astype(dtype))
     all_keys, all_values = list(cache.keys), list(cache.values)
     limit = cache.max_tokens if kv_limit is None else kv_limit
     for i in range(config.num_layers):

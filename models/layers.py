@@ -14,6 +14,12 @@ MASKED_SCORE = -1e30
 """Score of a key that must not be seen: finite, so that a row without any key stays free of NaN."""
 
 
+def embed(embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows [..., D] of embedding [V, D] at tokens [...]; NaN for a token outside the vocabulary."""
+    with jax.named_scope("embed"):
+        return jnp.take(embedding, tokens, axis=0)
+
+
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * scale over the last dimension, in float32, returned in x's dtype.
 

@@ -101,8 +101,11 @@ def arrays_of(jaxpr):
     """Shapes of everything a program computes, the bodies of its loops included."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
-        for sub in jax.core.jaxprs_in_params(equation.params):
-            yield from arrays_of(sub)
+        for value in equation.params.values():
+            for leaf in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(leaf, "jaxpr", leaf)
+                if hasattr(inner, "eqns"):
+                    yield from arrays_of(inner)
 
 
 def test_no_array_of_all_tokens_by_vocabulary_exists_in_forward_or_backward(policy):

@@ -1,0 +1,184 @@
+"""The learner: what splitting, padding, packing and sharding must not change; bad gradients; tracing."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.batch import Batch
+from jaxrl.config import GrpoConfig
+from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
+from jaxrl.learner.optimizer import adamw, learning_rate
+from jaxrl.learner.steps import ForwardSettings
+from jaxrl.observe import Observer
+from jaxrl.packing import TrainSequence, pack
+from models.config import ModelConfig
+from models.sharding import init_sharded, make_mesh
+
+SAME_SUM_RTOL = 2e-4
+"""float32 gradients of the same sum in another order, relative to their norm."""
+
+
+@pytest.fixture(autouse=True)
+def optax_promotes() -> Iterator[None]:
+    """optax raises floats to integer counts, which strict promotion forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def make_learner(
+    model: ModelConfig, devices: int = 1, fsdp: int = 1, tensor: int = 1, **settings: object
+) -> Learner:
+    data = devices // (fsdp * tensor)
+    mesh = make_mesh(jax.devices()[:devices], data=data, fsdp=fsdp, tensor=tensor)
+    rate = learning_rate(peak=1e-2, warmup_steps=0, steps=10, schedule="constant")
+    optimizer = adamw(
+        model, rate, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
+    )
+    grpo = GrpoConfig(**settings)
+    return Learner(
+        model,
+        mesh,
+        init_sharded(model, jax.random.key(0), mesh, jnp.float32),
+        optimizer,
+        forward=ForwardSettings(dtype=jnp.float32, temperature=1.0, chunk_tokens=32, remat=False),
+        grpo=grpo,
+        max_nonfinite_steps=2,
+        observer=Observer(),
+    )
+
+
+def sequences(count: int = 12) -> list[TrainSequence]:
+    """Ragged prompts and completions with advantages of both signs and stale sampler log-probabilities."""
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        length, prompt = int(rng.integers(5, 15)), int(rng.integers(1, 5))
+        mask = np.arange(length) >= prompt
+        made.append(
+            TrainSequence(
+                tokens=rng.integers(2, 14, length).astype(np.int32),
+                loss_mask=mask,
+                sampler_logprobs=np.where(mask, -2.6 + 0.3 * rng.normal(size=length), 0).astype(
+                    np.float32
+                ),
+                advantages=np.where(mask, rng.normal(), 0).astype(np.float32),
+                token_weights=np.where(mask, 1 / 80, 0).astype(np.float32),
+            )
+        )
+    return made
+
+
+def packed(row_tokens: int = 32, rows: int = 8, order: Sequence[int] | None = None) -> list[Batch]:
+    made = sequences()
+    chosen = made if order is None else [made[i] for i in order]
+    batches, _ = pack(chosen, row_tokens=row_tokens, rows_per_microbatch=rows)
+    return batches
+
+
+def gradients(learner: Learner, batches: Sequence[Batch]) -> np.ndarray:
+    """All gradients of one optimizer batch, flat, in one order for every mesh."""
+    with jax.set_mesh(learner.mesh):
+        total = learner._zeros(learner.state.policy)
+        metrics = learner._zero_metrics(learner._put(batches[0]), None)
+        for batch in batches:
+            total, metrics = learner._accumulate(
+                learner.state.policy, total, metrics, learner._put(batch), None
+            )
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(total)])
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
+    assert np.linalg.norm(expected) > 1e-3
+    assert np.linalg.norm(got - expected) < SAME_SUM_RTOL * np.linalg.norm(expected)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: ModelConfig) -> np.ndarray:
+    with jax.numpy_dtype_promotion("standard"):
+        return gradients(make_learner(tiny_model), packed())
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        packed(rows=2),
+        packed(rows=16),
+        packed(row_tokens=15),
+        packed(row_tokens=48),
+        packed(order=list(range(11, -1, -1))),
+    ],
+    ids=["micro-batches", "empty rows", "one sequence per row", "longer rows", "another order"],
+)
+def test_layout_of_the_batch_does_not_change_the_gradient(
+    tiny_model: ModelConfig, expected: np.ndarray, batches: list[Batch]
+) -> None:
+    assert_same(gradients(make_learner(tiny_model), batches), expected)
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(8, 1), (2, 2), (1, 1)])
+def test_eight_devices_compute_the_gradient_of_one(
+    tiny_model: ModelConfig, expected: np.ndarray, fsdp: int, tensor: int
+) -> None:
+    learner = make_learner(tiny_model, devices=8, fsdp=fsdp, tensor=tensor)
+    assert_same(gradients(learner, packed()), expected)
+
+
+def test_nothing_is_traced_after_the_first_step(tiny_model: ModelConfig) -> None:
+    learner = make_learner(tiny_model)
+    learner.update(packed(rows=4))
+    traced = learner.trace_count
+    for order in ([0, 1], [2, 3, 4, 5, 6, 7], list(range(12))):
+        learner.update(packed(rows=4, order=order))
+    assert learner.trace_count == traced
+
+
+def test_a_nonfinite_step_is_skipped_and_counted_then_refused(tiny_model: ModelConfig) -> None:
+    learner = make_learner(tiny_model)
+    learner.update(packed())
+    before = np.asarray(learner.state.policy.embedding)
+    (bad,) = packed()
+    bad.advantages[0, 0] = np.inf
+    bad.loss_mask[0, 0] = True
+    metrics = learner.update([bad])
+    assert metrics["actor/nonfinite_steps"] == 1
+    np.testing.assert_array_equal(np.asarray(learner.state.policy.embedding), before)
+    learner.update(packed())
+    assert not np.array_equal(np.asarray(learner.state.policy.embedding), before)
+    learner.update([bad])
+    with pytest.raises(UserError, match=r"2 optimizer steps in a row.*train\.learning_rate"):
+        learner.update([bad])
+
+
+def test_the_reference_is_frozen_and_its_kl_grows(tiny_model: ModelConfig) -> None:
+    learner = make_learner(tiny_model, kl_weight=0.01)
+    learner.freeze_reference()
+    first = learner.update(packed())
+    assert abs(first["reference/kl_mean"]) < 1e-6
+    later = [learner.update(packed()) for _ in range(3)][-1]
+    assert later["reference/kl_mean"] > 1e-3
+    assert later["reference/logprob_mean"] == pytest.approx(first["reference/logprob_mean"], abs=1e-6)
+
+
+def test_weight_decay_spares_norms_and_embeddings(tiny_model: ModelConfig) -> None:
+    """Zero gradients: what changes is what decays."""
+    learner = make_learner(tiny_model)
+    before = jax.tree.map(np.asarray, learner.state.policy)
+    with jax.set_mesh(learner.mesh):
+        learner._take_step(learner._zeros(learner.state.policy))
+    after = learner.state.policy
+    np.testing.assert_array_equal(np.asarray(after.embedding), before.embedding)
+    np.testing.assert_array_equal(np.asarray(after.layers.mlp_norm), before.layers.mlp_norm)
+    assert not np.array_equal(np.asarray(after.layers.down), before.layers.down)
+
+
+def test_learning_rate_warms_up_and_ends_at_a_tenth() -> None:
+    rate = learning_rate(peak=1.0, warmup_steps=4, steps=20, schedule="linear")
+    assert [float(rate(i)) for i in range(4)] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert float(rate(20)) == pytest.approx(0.1)
+    cosine = learning_rate(peak=1.0, warmup_steps=0, steps=10, schedule="cosine")
+    assert float(cosine(0)) == pytest.approx(1.0)
+    assert float(cosine(10)) == pytest.approx(0.1)
