@@ -165,6 +165,12 @@ def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any)
     return widen(fresh, cache)
 
 
+def split_layers(policy: Decoder) -> tuple[Layers, ...]:
+    """The layers one by one, as decode uses them: a copy of their parameters."""
+    count = policy.config.num_layers
+    return tuple(jax.tree.map(lambda stacked, i=i: stacked[i], policy.layers) for i in range(count))
+
+
 def decode_step(
     policy: Decoder,
     cache: KVCache,
@@ -173,6 +179,7 @@ def decode_step(
     *,
     dtype: Any,
     kv_limit: int | None = None,
+    layers: tuple[Layers, ...] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [B, D] after one more token per slot, and the cache that holds its key and
     value.
@@ -180,7 +187,8 @@ def decode_step(
     tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. kv_limit (static; None: S)
     is how many keys are read: the caller vouches that every live slot's position is below it. It
     copies what it reads; in a loop, `models.cache.narrow` before and `widen` after copies once.
-    Layers are unrolled: a scan would copy each layer's weights and cache in every step.
+    Layers are unrolled: a scan would copy each layer's weights and cache in every step. So would
+    slicing the weights inside a loop: pass layers=split_layers(policy), made before the loop.
     """
     config = policy.config
     tables = block.rope_tables(
@@ -189,8 +197,7 @@ def decode_step(
     x = constrain_rows(block.embed(policy.embedding, tokens[:, None]).astype(dtype))
     all_keys, all_values = list(cache.keys), list(cache.values)
     limit = cache.max_tokens if kv_limit is None else kv_limit
-    for i in range(config.num_layers):
-        layer: Layers = jax.tree.map(lambda stacked, i=i: stacked[i], policy.layers)
+    for i, layer in enumerate(split_layers(policy) if layers is None else layers):
         q, k, v = _project(layer, config, x, None if i in config.no_rope_layers else tables)
         all_keys[i], all_values[i] = write_token(
             all_keys[i], all_values[i], k[:, 0], v[:, 0], positions

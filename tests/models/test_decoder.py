@@ -10,7 +10,7 @@ import pytest
 
 from models.cache import KEY_BLOCK, init_cache, insert_prompts, narrow, widen
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute
+from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute, split_layers
 
 F32_ATOL = 1e-5  # hidden states are of order 1; sums of up to 48 float32 terms in another order
 BF16_ATOL = 0.15  # 8 bits of mantissa through three layers; hidden states reach about 3
@@ -62,11 +62,15 @@ def decode_from(policy, tokens, cache, *, lengths, slots, dtype=F32, kv_limit=No
     """Feed row b's tokens from position lengths[b] - 1 on into slots[b]; hidden [B, steps, D]."""
     num_slots, rows, slots = cache.values[0].shape[0], np.arange(len(slots)), np.asarray(slots)
 
+    layers = None if kv_limit else split_layers(policy)
+
     def step(cache, i):
         at = jnp.asarray(lengths) - 1 + i
         fed = jnp.zeros(num_slots, jnp.int32).at[slots].set(tokens[rows, at])
         positions = jnp.zeros(num_slots, jnp.int32).at[slots].set(at)
-        hidden, cache = decode_step(policy, cache, fed, positions, dtype=dtype, kv_limit=kv_limit)
+        hidden, cache = decode_step(
+            policy, cache, fed, positions, dtype=dtype, kv_limit=kv_limit, layers=layers
+        )
         return cache, hidden[slots]
 
     cache, hidden = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1] - max(lengths) + 1))
