@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 
 import jax
 from jax.sharding import Mesh
@@ -11,6 +13,11 @@ from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
 
+_MALLOC_OPTIONS = (
+    (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
+    (-8, 1),  # M_ARENA_MAX: one heap, since only the first may grow without limit
+)
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -25,6 +32,19 @@ def simulate_cpu_devices(count: int) -> None:
     if count > 2:
         os.environ.setdefault("PJRT_NPROC", "16")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU with glibc, let the process keep freed memory instead of giving it back to the system.
+
+    XLA allocates the temporaries of every call anew; as fresh pages they fault one by one, which takes a
+    third of a training step (benchmarks/LOG.md). Call after jax has started; elsewhere it does nothing.
+    """
+    if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    glibc = ctypes.CDLL(None)
+    for option, value in _MALLOC_OPTIONS:
+        glibc.mallopt(option, value)
 
 
 def make_meshes(mesh: MeshConfig) -> tuple[Mesh, Mesh]:

@@ -27,7 +27,7 @@ from jaxrl.buffer import GroupBuffer
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import ParsedArgs, parse_args, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import make_meshes, simulate_cpu_devices
+from jaxrl.devices import keep_freed_memory, make_meshes, simulate_cpu_devices
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
 from jaxrl.learner.learner import Learner
@@ -59,6 +59,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     subject = build.make_subject(config)
     stream = build.make_stream(config, subject)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
+    keep_freed_memory()
     hardware = cached_or_calibrate(subject.model, workload=workload_of(config))
     plan = make_plan(config, subject.model, hardware)
     print_plan(plan_rows(config, plan, hardware, subject.tokenizer))

@@ -237,9 +237,9 @@ def _project(
     rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
-        q = jnp.einsum("btd,dkgh->btkgh", normed, layer.q.astype(x.dtype))
-        k = jnp.einsum("btd,dkh->btkh", normed, layer.k.astype(x.dtype))
-        v = jnp.einsum("btd,dkh->btkh", normed, layer.v.astype(x.dtype))
+        q = block.product(normed, layer.q)
+        k = block.product(normed, layer.k)
+        v = block.product(normed, layer.v)
         if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
             q = q + layer.q_bias.astype(x.dtype)[None, None]
             k = k + layer.k_bias.astype(x.dtype)[None, None]
@@ -256,10 +256,9 @@ def _project(
 def _attention_out(layer: Layers, heads: jax.Array) -> jax.Array:
     """heads [B, T, K, G, H] -> [B, T, D]."""
     with jax.named_scope("attention_out"):
-        return jnp.einsum("btkgh,kghd->btd", heads, layer.attention_out.astype(heads.dtype))
+        return block.product(heads, layer.attention_out, contracted=3)
 
 
 def _mlp(layer: Layers, config: ModelConfig, x: jax.Array) -> jax.Array:
     normed = block.rms_norm(x, layer.mlp_norm, config.norm_eps)
-    gate = None if layer.gate is None else layer.gate.astype(x.dtype)
-    return block.mlp(normed, gate, layer.up.astype(x.dtype), layer.down.astype(x.dtype))
+    return block.mlp(normed, layer.gate, layer.up, layer.down)

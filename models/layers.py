@@ -7,6 +7,8 @@ head size, F ffw.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -60,18 +62,28 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
+def product(x: jax.Array, weight: jax.Array, *, contracted: int = 1) -> jax.Array:
+    """x [..., I...] times weight [I..., O...] -> [..., O...], the last `contracted` dims of x summed.
+
+    Both sides are flattened to matrices first: the gradient of a weight then contracts one dimension
+    instead of two (rows and tokens), which is a third faster on CPU and the same elsewhere.
+    """
+    split = x.ndim - contracted
+    outer, out = x.shape[:split], weight.shape[contracted:]
+    columns = weight.reshape(math.prod(weight.shape[:contracted]), math.prod(out))
+    flat = x.reshape(math.prod(outer), columns.shape[0]) @ columns.astype(x.dtype)
+    return flat.reshape(*outer, *out)
+
+
 def mlp(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array) -> jax.Array:
     """The feed-forward block on x [..., D] with gate and up [D, F] and down [F, D].
 
     down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, down(silu(up x)).
     """
     with jax.named_scope("mlp"):
-        inner = jnp.einsum("...d,df->...f", x, up)
-        if gate is None:
-            active = jax.nn.silu(inner)
-        else:
-            active = jax.nn.silu(jnp.einsum("...d,df->...f", x, gate)) * inner
-        return jnp.einsum("...f,fd->...d", active, down)
+        inner = product(x, up)
+        active = jax.nn.silu(inner) if gate is None else jax.nn.silu(product(x, gate)) * inner
+        return product(active, down)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:
@@ -88,10 +100,14 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B, T, T] -> [B, T, K,
     G, H]."""
     with jax.named_scope("attention"):
-        scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskh->btkgh", weights, v)
+        b, t, k_heads, g, h = q.shape
+        q = q.transpose(0, 2, 3, 1, 4).reshape(b, k_heads, g * t, h)
+        scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32)
+        scores = scores.reshape(b, k_heads, g, t, t) * h**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED_SCORE), axis=-1)
+        weights = weights.astype(v.dtype).reshape(b, k_heads, g * t, t)
+        out = jnp.einsum("bkqs,bskh->bkqh", weights, v)
+        return out.reshape(b, k_heads, g, t, h).transpose(0, 3, 1, 2, 4)
 
 
 def cached_attention(

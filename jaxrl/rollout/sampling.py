@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from models.cache import KVCache, init_cache, insert_prompts, narrow, widen
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, recompute
+from models.decoder import Decoder, decode_step, recompute, split_layers
 from models.head import head_logits
 
 CDF_BLOCK = 32
@@ -134,6 +134,7 @@ def decode_chunk(
     """
     whole = slots.cache
     slots = replace(slots, cache=narrow(whole, kv_limit))
+    layers = split_layers(policy)  # sliced inside the loop, they would be copied in every step
     num_slots = slots.positions.shape[0]
     rows = jnp.arange(num_slots)
 
@@ -141,7 +142,9 @@ def decode_chunk(
         step, slots, chunk = carry
         alive = slots.remaining > 0
         inputs = slots.tokens[rows, slots.positions]
-        hidden, cache = decode_step(policy, slots.cache, inputs, slots.positions, dtype=dtype)
+        hidden, cache = decode_step(
+            policy, slots.cache, inputs, slots.positions, dtype=dtype, layers=layers
+        )
         logits = head_logits(policy, hidden, dtype=dtype)
         token, logprob = sample_tokens(logits, slots, filtered=filtered, greedy=greedy)
         stopped = jnp.any(token[:, None] == slots.stop_ids, axis=-1)
