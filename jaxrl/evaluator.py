@@ -62,9 +62,10 @@ class Evaluation:
                 np.mean([r.completion.finish is Finish.LENGTH for r in samples])
             ),
         }
-        if n > 1:
-            curves[f"{prefix}/pass_at_{n}"] = self.pass_at(n)
-            curves[f"{prefix}/maj_at_{n}"] = self.majority_at(n)
+        for k in sorted({8, n} if n > 8 else {n}):
+            if k > 1:
+                curves[f"{prefix}/pass_at_{k}"] = self.pass_at(k)
+                curves[f"{prefix}/maj_at_{k}"] = self.majority_at(k)
         return curves
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from models import layers as block
 from models.activations import constrain_rows
@@ -101,9 +102,9 @@ def hidden_states(
     """Final, normalised hidden states [B, T, D] of packed rows, in `dtype`.
 
     tokens, positions (from 0 within each sequence) and segment_ids (0 padding) are [B, T] int32.
-    Backward recomputes a layer from what forward kept of it: the results of the weight products, or
-    with `remat` only its input. Keeping also attention scores and elementwise results doubles the
-    memory and is slower on CPU.
+    Backward recomputes a layer from what forward kept of it: the attended heads and the results of the
+    weight products, or with `remat` the heads and the layer's input. Keeping also elementwise results
+    doubles the memory and is slower on CPU.
     """
     config = policy.config
     mask = block.packed_mask(segment_ids)
@@ -112,10 +113,14 @@ def hidden_states(
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
         layer, rope_on = xs
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
-        x = x + _attention_out(layer, block.packed_attention(q, k, v, mask))
+        heads = checkpoint_name(block.packed_attention(q, k, v, mask), "heads")
+        x = x + _attention_out(layer, heads)
         return constrain_rows(x + _mlp(layer, config, x)), None
 
-    saved = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    saved = jax.checkpoint_policies.save_only_these_names("heads")
+    if not remat:
+        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        saved = jax.checkpoint_policies.save_from_both_policies(saved, products)
     attend = jax.checkpoint(attend, prevent_cse=False, policy=saved)
     x = constrain_rows(block.embed(policy.embedding, tokens).astype(dtype))
     x, _ = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))

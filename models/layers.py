@@ -12,6 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+SCORES_AT_ONCE = 2**20
+"""Float32 attention scores that exist at once in one program: 4 MiB, about a core's share of cache."""
 MASKED_SCORE = -1e30
 """Score of a key that must not be seen: finite, so that a row without any key stays free of NaN."""
 
@@ -97,17 +99,44 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
 
 
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B, T, T] -> [B, T, K,
-    G, H]."""
+    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B or 1, T, T] -> [B, T, K, G, H].
+
+    Long rows go through in blocks of queries, so that the float32 scores that exist at once stay below
+    SCORES_AT_ONCE: they then stay in cache on a CPU, and memory does not grow with T squared. Backward
+    makes each block's scores again.
+    """
     with jax.named_scope("attention"):
         b, t, k_heads, g, h = q.shape
-        q = q.transpose(0, 2, 3, 1, 4).reshape(b, k_heads, g * t, h)
-        scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32)
-        scores = scores.reshape(b, k_heads, g, t, t) * h**-0.5
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED_SCORE), axis=-1)
-        weights = weights.astype(v.dtype).reshape(b, k_heads, g * t, t)
-        out = jnp.einsum("bkqs,bskh->bkqh", weights, v)
-        return out.reshape(b, k_heads, g, t, h).transpose(0, 3, 1, 2, 4)
+        blocks = _query_blocks(b * k_heads * g * t, t)
+        attend = jax.checkpoint(_attend, prevent_cse=False)
+        if blocks == 1:
+            return attend(q, k, v, mask)
+        split = q.reshape(b, blocks, t // blocks, k_heads, g, h).swapaxes(0, 1)
+        masks = mask.reshape(mask.shape[0], blocks, t // blocks, t).swapaxes(0, 1)
+        heads = jax.lax.map(lambda block: attend(block[0], k, v, block[1]), (split, masks))
+        return heads.swapaxes(0, 1).reshape(q.shape)
+
+
+def _query_blocks(scores_per_query: int, queries: int) -> int:
+    """The least number of equal blocks of queries whose scores fit SCORES_AT_ONCE."""
+    fitting = (
+        n for n in range(1, queries + 1)
+        if queries % n == 0 and scores_per_query * (queries // n) <= SCORES_AT_ONCE
+    )  # fmt: skip
+    return next(fitting, queries)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Queries [B, t, K, G, H] over keys [B, T, K, H] where mask [B or 1, t, T] allows."""
+    b, t, k_heads, g, h = q.shape
+    keys = k.shape[1]
+    q = q.transpose(0, 2, 3, 1, 4).reshape(b, k_heads, g * t, h)
+    scores = jnp.einsum("bkqh,bskh->bkqs", q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(b, k_heads, g, t, keys) * h**-0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED_SCORE), axis=-1)
+    weights = weights.astype(v.dtype).reshape(b, k_heads, g * t, keys)
+    out = jnp.einsum("bkqs,bskh->bkqh", weights, v)
+    return out.reshape(b, k_heads, g, t, h).transpose(0, 3, 1, 2, 4)
 
 
 def cached_attention(

@@ -127,17 +127,20 @@ def train(
 ) -> PhaseCost:
     """Forward and backward of `microbatches` packed batches of [rows, row_tokens], accumulated.
 
-    Backward does two products for each one of forward. remat "block" runs each layer again, but
-    for its last product, whose output backward does not read. The head's logits are always made
-    again in backward, chunk by chunk: 4 times its forward in all.
+    Backward does two products for each one of forward, and makes the attention scores again. remat
+    "block" also makes each layer's weight products again, but for the last, whose output backward
+    does not read. The head's logits are always made again in backward, chunk by chunk: 4 times its
+    forward in all.
     """
     local = ceil_div(rows, layout.row_shards)
     part = shard(model, layout)
     tokens = local * row_tokens
     layer = _layer(model, part, layout, local, row_tokens)
-    layers = layer.times(3)
+    attention = _packed_attention(part, layout, local, row_tokens)
+    layers = layer.times(3) + _scores(part, layout, local, row_tokens)
     if remat == "block":
-        layers += layer + product(tokens, part.ffw, part.width, layout.compute_bytes).times(-1)
+        last = product(tokens, part.ffw, part.width, layout.compute_bytes)
+        layers += layer + (attention + last).times(-1)
     once = layers.times(model.num_layers)
     once += _embed(tokens, part, layout).times(2)
     once += _scored_head(local, row_tokens, part, layout, chunk_tokens).times(4)
@@ -193,13 +196,18 @@ def num_arrays(model: ModelConfig) -> int:
 
 
 def _layer_arrays(model: ModelConfig) -> int:
-    """Two norms, four matrices, and the optional head norms and bias."""
-    return 6 + (2 if model.qk_norm else 0) + (1 if model.qkv_bias else 0)
+    """Two norms, the matrices, and the optional head norms and biases."""
+    return 2 + _layer_matrices(model) + (2 if model.qk_norm else 0) + (3 if model.qkv_bias else 0)
+
+
+def _layer_matrices(model: ModelConfig) -> int:
+    """q, k, v, attention out, up, down, and the gate."""
+    return 7 if model.gated_mlp else 6
 
 
 def _gathered_arrays(model: ModelConfig) -> int:
     """Matrices that each layer gathers for itself, and those outside the layers."""
-    return 4 * model.num_layers + (1 if model.tied_embeddings else 2)
+    return _layer_matrices(model) * model.num_layers + (1 if model.tied_embeddings else 2)
 
 
 def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
@@ -251,13 +259,18 @@ def _layer(
 
 def _packed_attention(part: Shard, layout: Layout, rows: int, tokens: int) -> Work:
     """Scores and mix, 4 B T T N' H flops; the float32 scores pass through memory five times."""
+    scores = rows * part.heads * tokens * tokens
+    return _scores(part, layout, rows, tokens).times(2) + passes(3 * scores, FLOAT32_BYTES, 3)
+
+
+def _scores(part: Shard, layout: Layout, rows: int, tokens: int) -> Work:
+    """One of the two products of attention, 2 B T T N' H flops."""
     e, scores = layout.compute_bytes, rows * part.heads * tokens * tokens
-    dot = Work(
+    return Work(
         flops=2.0 * scores * part.query / part.heads,
         hbm_bytes=float(e * rows * tokens * (part.query + part.kv) + FLOAT32_BYTES * scores),
         launches=1,
     )
-    return dot.times(2) + passes(3 * scores, FLOAT32_BYTES, 3)
 
 
 def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work:

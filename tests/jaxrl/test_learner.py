@@ -160,7 +160,9 @@ def test_the_reference_is_frozen_and_its_kl_grows(tiny_model: ModelConfig) -> No
     assert abs(first["reference/kl_mean"]) < 1e-6
     later = [learner.update(packed()) for _ in range(3)][-1]
     assert later["reference/kl_mean"] > 1e-3
-    assert later["reference/logprob_mean"] == pytest.approx(first["reference/logprob_mean"], abs=1e-6)
+    assert later["reference/logprob_mean"] == pytest.approx(
+        first["reference/logprob_mean"], abs=1e-6
+    )
 
 
 def test_weight_decay_spares_norms_and_embeddings(tiny_model: ModelConfig) -> None:

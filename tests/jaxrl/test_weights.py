@@ -27,7 +27,13 @@ def make_store(
 
 @pytest.mark.parametrize(
     ("learner", "rollout"),
-    [((1, 1, 1), (1, 1)), ((1, 4, 1), (1, 2)), ((1, 2, 2), (2, 2)), ((2, 2, 1), (4, 1)), ((1, 3, 1), (1, 1))],
+    [
+        ((1, 1, 1), (1, 1)),
+        ((1, 4, 1), (1, 2)),
+        ((1, 2, 2), (2, 2)),
+        ((2, 2, 1), (4, 1)),
+        ((1, 3, 1), (1, 1)),
+    ],
 )
 def test_what_arrives_equals_what_was_sent(
     tiny_model: ModelConfig, learner: tuple[int, int, int], rollout: tuple[int, int]
