@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -32,6 +33,14 @@ def simulate_cpu_devices(count: int) -> None:
     if count > 2:
         os.environ.setdefault("PJRT_NPROC", "16")
     jax.config.update("jax_num_cpu_devices", count)
+
+
+def remember_programs() -> None:
+    """Keep compiled programs for later runs, unless jax was told where (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jaxrl" / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def keep_freed_memory() -> None:

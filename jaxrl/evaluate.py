@@ -22,7 +22,7 @@ from jaxrl import build
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import load_config, resolve_config, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import make_meshes, simulate_cpu_devices
+from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, simulate_cpu_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluation
 from jaxrl.observe import Observer
@@ -84,8 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
     """Sample the split with the weights that `args` names."""
     simulate_cpu_devices(config.mesh.devices)
+    remember_programs()
     subject = build.make_subject(config)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
+    keep_freed_memory()
     policy = first_policy(config.model, subject.model, learner_mesh, config.run.seed)
     with ExitStack() as stack:
         step = 0

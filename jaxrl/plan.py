@@ -206,8 +206,16 @@ def _check_divisible(config: Config, shapes: Shapes) -> None:
 
 def _waiting(config: Config) -> dict[Phase, float]:
     """Seconds per step in which a phase holds no core."""
-    latency_s = config.task.reward_latency_s
+    latency_s = _reward_latency_s(config)
     return {Phase.REWARD: latency_s} if latency_s else {}
+
+
+def _reward_latency_s(config: Config) -> float:
+    """Latency of a step's verdicts: one after another in each worker, or once for all without workers."""
+    task, grpo = config.task, config.grpo
+    samples = grpo.prompts_per_step * grpo.group_size
+    in_a_row = -(-samples // task.reward_workers) if task.reward_workers else 1
+    return task.reward_latency_s * in_a_row
 
 
 def _nearest(below: int, step: int) -> str:
@@ -266,5 +274,5 @@ def _phase_seconds(
     chunk = shapes.decode(longest, rollout.chunk_steps)
     seconds[Phase.DECODE] = chunks * predict(chunk, hardware).expected_s
     if config.task.reward_latency_s:
-        seconds[Phase.REWARD] = config.task.reward_latency_s
+        seconds[Phase.REWARD] = _reward_latency_s(config)
     return {phase: seconds[phase] for phase in Phase if phase in seconds}

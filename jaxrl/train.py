@@ -27,7 +27,7 @@ from jaxrl.buffer import GroupBuffer
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import ParsedArgs, parse_args, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import keep_freed_memory, make_meshes, simulate_cpu_devices
+from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, simulate_cpu_devices
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
 from jaxrl.learner.learner import Learner
@@ -56,6 +56,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     """One run from its configuration to its summary; resumes where the run folder's checkpoints end."""
     config = parsed.config
     simulate_cpu_devices(config.mesh.devices)
+    remember_programs()
     subject = build.make_subject(config)
     stream = build.make_stream(config, subject)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)

@@ -13,6 +13,7 @@ os.environ["PJRT_NPROC"] = (
     "16"  # jax 0.10 starves collectives with fewer threads than waiting programs
 )
 
+import tempfile
 from pathlib import Path
 
 import jax
@@ -20,6 +21,12 @@ import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Many tests build the same small programs anew: compile each of them once per session.
+_PROGRAMS = tempfile.TemporaryDirectory(prefix="jaxrl-programs-")
+jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

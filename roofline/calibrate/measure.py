@@ -127,7 +127,8 @@ def _contention(
 ) -> float:
     """How many times longer decode and score take side by side, as a geometric mean.
 
-    1 where lanes have devices of their own, that is on more than one accelerator.
+    1 where lanes have devices of their own, that is on more than one accelerator; at most 2, the share
+    that two lanes on one set of cores leave each other (more is another program's doing).
     """
     if devices[0].platform != "cpu" and len(devices) > 1:
         return 1.0
@@ -136,7 +137,7 @@ def _contention(
     alone = [seconds(decode), seconds(other)]
     together = _side_by_side([decode, other])
     slower = [max(1.0, both / one) for both, one in zip(together, alone, strict=True)]
-    return math.prod(slower) ** (1 / len(slower))
+    return min(2.0, math.prod(slower) ** (1 / len(slower)))
 
 
 def _side_by_side(runs: Sequence[Run]) -> list[float]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl import build, train
+from jaxrl import build, evaluate, train
 from jaxrl.cli import ParsedArgs
 from jaxrl.config import Config
 from jaxrl.devices import make_meshes
@@ -187,6 +187,24 @@ def test_a_run_leaves_what_its_folder_promises(tiny_config: Callable[..., Config
     for key in ("pass_at_1_before", "pass_at_1_after", "wall_s", "phases", "staleness_histogram"):
         assert summary[key] is not None, key
     assert summary["staleness_histogram"] == {"0": 48}
+
+
+def test_evaluate_reads_a_run_and_writes_its_figures(
+    tiny_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(steps=2)
+    run(config)
+    folder = str(config.run.dir)
+    evaluate.main(["--run", folder, "--samples", "4", "--k", "1", "2", "4", "--problems", "8"])
+    assert "pass@k" in capsys.readouterr().out
+    result = json.loads((config.run.dir / "evaluation.json").read_text())
+    assert result["step"] == 2
+    assert (result["problems"], result["samples"]) == (8, 4)
+    assert result["pass_at"]["1"] == pytest.approx(result["pass_at_1"])
+    assert result["pass_at"]["1"] <= result["pass_at"]["2"] <= result["pass_at"]["4"]
+    with pytest.raises(SystemExit):
+        evaluate.main(["--run", folder, "--samples", "4", "--k", "8"])
+    assert "--samples is 4" in capsys.readouterr().err
 
 
 def test_a_fork_starts_from_the_other_runs_weights(
