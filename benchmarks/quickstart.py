@@ -47,7 +47,7 @@ def _phases(run: Path) -> list[dict[str, Any]]:
             "binds": row.bound,
             "mfu": row.mfu,
             "mbu": row.mbu,
-        }  # fmt: skip
+        }
         for row in phase_rows(read_run(run))
         if row.phase in SHOWN
     ]

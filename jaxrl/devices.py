@@ -37,7 +37,7 @@ def simulate_cpu_devices(count: int) -> None:
 
 def remember_programs() -> None:
     """Keep compiled programs for later runs, unless jax was told where (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jaxrl" / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
