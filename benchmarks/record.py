@@ -78,7 +78,7 @@ def write(name: str, content: Mapping[str, Any], markdown: str, folder: Path = R
     Raises: ValueError if a path of this machine would be written.
     """
     made = content["provenance"]
-    busy = "; ANOTHER PROGRAM WAS RUNNING, do not cite" if made["machine_was_busy"] else ""
+    busy = "; ANOTHER PROGRAM WAS RUNNING, do not cite" if made.get("machine_was_busy") else ""
     versions = ", ".join(f"{package} {v}" for package, v in made["versions"].items())
     foot = (
         f"{made['date']}, {made['processor']} cores, {made['memory_gib']} GiB, commit "
