@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from jaxrl.buffer import BufferState, GroupBuffer
@@ -60,6 +61,15 @@ def make_learner(
         peak=train.learning_rate, warmup_steps=train.warmup_steps, steps=train.steps,
         schedule=train.schedule,
     )  # fmt: skip
+    return make_learner_at(config, model, mesh, policy, rate, observer)
+
+
+def make_learner_at(
+    config: Config, model: ModelConfig, mesh: Mesh, policy: Decoder, rate: optax.Schedule,
+    observer: Observer,
+) -> Learner:  # fmt: skip
+    """A learner with the learning rate `rate` per step and AdamW as train.* sets it; owns `policy`."""
+    train = config.train
     optimizer = adamw(
         model, rate, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
         weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,

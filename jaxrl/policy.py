@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -79,7 +77,7 @@ def _from_scratch(
         )
     except ValueError as error:
         raise UserError(f"model.* does not describe a decoder: {error}") from error
-    return dataclasses.replace(config), tokenizer
+    return config, tokenizer
 
 
 def first_policy(options: ModelOptions, config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxrl.build import Subject, encode_solutions, forward_settings
+from jaxrl.build import Subject, encode_solutions, make_learner_at
 from jaxrl.config import Config
 from jaxrl.evaluator import Evaluator
-from jaxrl.learner.learner import Learner
-from jaxrl.learner.optimizer import adamw, learning_rate
+from jaxrl.learner.optimizer import learning_rate
 from jaxrl.observe import Observer
 from jaxrl.packing import pack, solutions_to_sequences
 from jaxrl.types import Problem
@@ -34,14 +33,7 @@ def cold_start(
     rate = learning_rate(
         peak=sft.learning_rate, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule="constant"
     )
-    optimizer = adamw(
-        subject.model, rate, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
-        weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
-    )  # fmt: skip
-    learner = Learner(
-        subject.model, mesh, policy, optimizer, forward=forward_settings(config), grpo=config.grpo,
-        max_nonfinite_steps=train.max_nonfinite_steps, observer=Observer(),
-    )  # fmt: skip
+    learner = make_learner_at(config, subject.model, mesh, policy, rate, Observer())
     prompts, solutions = encode_solutions(config, subject)
     order = np.random.default_rng([config.run.seed, 1])
     for step in range(1, sft.steps + 1):

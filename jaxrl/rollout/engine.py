@@ -78,9 +78,8 @@ class _Live:
 
 @dataclass(frozen=True, slots=True)
 class _Prefilled:
-    """Prompts whose keys and values are on the device, under one weight version."""
+    """Prompts whose keys and values are on the device, under the weights in use."""
 
-    version: int
     keys_values: tuple[jax.Array, jax.Array]
     prompts: jax.Array
     lengths: jax.Array
@@ -225,7 +224,6 @@ class RolloutEngine:
             lengths[row] = len(request.prompt)
         on_device, on_device_lengths = jax.device_put((prompts, lengths), self._host)
         return _Prefilled(
-            version=snapshot.version,
             keys_values=self._prefill(snapshot.policy, on_device),
             prompts=on_device,
             lengths=on_device_lengths,
