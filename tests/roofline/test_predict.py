@@ -30,7 +30,7 @@ MODEL = ModelConfig(
 )
 ROUNDING = 1 + 1e-9  # sums of floats in another order
 
-amounts = st.floats(0, 1e18)
+amounts = st.just(0.0) | st.floats(1, 1e18)  # none, or at least one operation or byte
 costs = st.builds(
     lambda flops, matrix, streamed, link, launches, collectives, dispatches: PhaseCost(
         phase=Phase.TRAIN, flops=flops, hbm_bytes=matrix + streamed, streamed_bytes=streamed,
