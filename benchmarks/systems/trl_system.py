@@ -26,6 +26,8 @@ from benchmarks.systems.torch_common import OwnLengths
 from benchmarks.workload import Workload
 
 ENDLESS = 10**6
+NEVER = [-1]
+"""End tokens that no logit has; None would be filled with the model's own."""
 
 
 def even_share(completions: list[str], **_: Any) -> list[float]:
@@ -50,7 +52,7 @@ class System(TrainerCallback):
             train_dataset=Dataset.from_dict({"prompt": text}),
             processing_class=AutoTokenizer.from_pretrained(work.checkpoint), callbacks=[self],
         )  # fmt: skip
-        self.trainer.eos_token_ids = [-1]  # no token ends a completion
+        self.trainer.eos_token_ids = NEVER  # no token ends a completion
         self.began = 0.0
         self.answer: Answer = {}
         self.scoring_s = 0.0
@@ -128,7 +130,7 @@ def _settings(work: Workload, folder: str) -> trl.GRPOConfig:
         top_p=1.0, top_k=0, learning_rate=1e-4, lr_scheduler_type="constant", max_steps=ENDLESS,
         beta=0.0, logging_steps=ENDLESS, report_to=[], save_strategy="no", bf16=False,
         gradient_checkpointing=False, disable_tqdm=True,
-        generation_kwargs={"eos_token_id": None, "max_new_tokens": work.new_tokens},
+        generation_kwargs={"eos_token_id": NEVER, "max_new_tokens": work.new_tokens},
     )  # fmt: skip
 
 
