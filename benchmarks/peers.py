@@ -126,14 +126,16 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tail-ratio", type=float, default=10.0, help="longest / median")
     parser.add_argument("--tail-slots", type=int, default=64, help="jaxrl's slots")
     parser.add_argument("--microbatch", type=int, default=64, help="sequences, in the train step")
+    parser.add_argument("--jaxrl-microbatch", type=int, default=4, help="the same, for jaxrl")
     parser.add_argument("--threads", type=int, default=2, help="cores every system may use")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     unknown = set(options.systems) - set(ENVIRONMENTS)
     if unknown:
         parser.error(f"--systems: unknown {sorted(unknown)}; known: {', '.join(ENVIRONMENTS)}")
-    if options.prompts * options.group % options.microbatch:
-        parser.error("--microbatch must divide --prompts * --group")
+    samples = options.prompts * options.group
+    if samples % options.microbatch or samples % options.jaxrl_microbatch:
+        parser.error("--microbatch and --jaxrl-microbatch must divide --prompts * --group")
     return options
 
 
@@ -152,7 +154,8 @@ def make_workload(options: argparse.Namespace, folder: Path) -> Workload:
             options.tail_prompts * options.group, median=options.tail_median,
             ratio=options.tail_ratio, seed=TAIL_SEED,
         ),
-        tail_slots=options.tail_slots, microbatch=options.microbatch, threads=options.threads,
+        tail_slots=options.tail_slots, microbatch=options.microbatch,
+        jaxrl_microbatch=options.jaxrl_microbatch, threads=options.threads,
     )  # fmt: skip
     workload.save(folder / "workload.json")
     return workload

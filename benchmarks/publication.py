@@ -83,7 +83,7 @@ def make_rig(shape: str, slots: int, new_tokens: int) -> Rig:
     store.publish(0, policy)
     engine = RolloutEngine(
         config, rollout, num_slots=slots, max_prompt_tokens=PROMPT_TOKENS,
-        max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, num_stop_ids=1,
+        max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, refill_cost_steps=1.0, num_stop_ids=1,
         dtype=jnp.dtype("float32"), seed=0, observer=Observer(),
     )  # fmt: skip
     prompts = random_prompts(64, PROMPT_TOKENS, config.vocab_size, 0)

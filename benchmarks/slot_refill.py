@@ -29,6 +29,7 @@ from models.decoder import Decoder
 from models.sharding import make_mesh
 
 PROMPT_TOKENS, GROUP = 8, 8
+LONGEST_CHUNK, NEVER = 64, 1e6
 
 
 class StepCounter(Observer):
@@ -38,23 +39,27 @@ class StepCounter(Observer):
         super().__init__()
         self.steps = 0
         self.tokens = 0
+        self.calls = 0
 
     @contextmanager
     def decode(self, *, version: int) -> Iterator[dict[str, int]]:
         """Add the call's counts."""
         work: dict[str, int] = {}
         yield work
+        self.calls += 1
         self.steps += work["steps"]
         self.tokens += work["tokens"]
 
 
-def count(lengths: Sequence[int], *, slots: int, chunk_steps: int) -> StepCounter:
+def count(
+    lengths: Sequence[int], *, slots: int, chunk_steps: int, refill_cost_steps: float
+) -> StepCounter:
     """Decode every length through `slots` slots."""
     config, counter = model_config(SHAPES["tiny"]), StepCounter()
     engine = RolloutEngine(
         config, make_mesh(jax.devices()[:1]), num_slots=slots, max_prompt_tokens=PROMPT_TOKENS,
-        max_new_tokens=max(lengths), chunk_steps=chunk_steps, num_stop_ids=1,
-        dtype=jnp.dtype("float32"), seed=0, observer=counter,
+        max_new_tokens=max(lengths), chunk_steps=chunk_steps, refill_cost_steps=refill_cost_steps,
+        num_stop_ids=1, dtype=jnp.dtype("float32"), seed=0, observer=counter,
     )  # fmt: skip
     prompts = random_prompts(-(-len(lengths) // GROUP), PROMPT_TOKENS, config.vocab_size, 0)
     for i, length in enumerate(lengths):
@@ -73,53 +78,66 @@ def count(lengths: Sequence[int], *, slots: int, chunk_steps: int) -> StepCounte
     return counter
 
 
-def facts(name: str, lengths: Sequence[int], steps: int, slots: int) -> dict[str, Any]:
+def facts(
+    name: str, lengths: Sequence[int], slots: int, *, steps: int, calls: int
+) -> dict[str, Any]:
     """Counts beside the ideal."""
     tokens = sum(lengths)
-    ideal = max(-(-tokens // slots), max(lengths))
+    ideal = ideal_steps(lengths, slots)
     return {
         "way": name,
         "steps": steps,
+        "calls": calls,
         "ideal_steps": ideal,
         "steps_over_ideal": steps / ideal,
         "slot_steps_per_token": steps * slots / tokens,
-        "steps_per_1000_tokens": 1000 * steps / tokens,
+        "steps_per_call": steps / calls,
     }
+
+
+def ideal_steps(lengths: Sequence[int], slots: int) -> int:
+    """The larger of all tokens over all slots and the longest sample."""
+    return max(-(-sum(lengths) // slots), max(lengths))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Count and write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.slot_refill")
-    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--samples", type=int, default=8192)
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--median", type=int, default=16, help="tokens")
     parser.add_argument("--ratio", type=float, default=10.0, help="longest / median")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 4, 8, 16])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     made = record.provenance()
     lengths = tail_lengths(options.samples, median=options.median, ratio=options.ratio, seed=1)
     slots = options.slots
-    waiting = sum(max(lengths[i : i + slots]) for i in range(0, len(lengths), slots))
-    rows = [facts(f"batches of {slots} that wait for their slowest", lengths, waiting, slots)]
-    rows += [
-        facts(
-            f"{slots} slots, refilled every {chunk} steps", lengths,
-            count(lengths, slots=slots, chunk_steps=chunk).steps, slots,
-        )
-        for chunk in options.chunks
+    batches = [lengths[i : i + slots] for i in range(0, len(lengths), slots)]
+    waiting = sum(map(max, batches))
+    rows = [
+        facts(f"batches of {slots} that wait for their slowest", lengths, slots, steps=waiting,
+              calls=len(batches))
     ]  # fmt: skip
-    rows.append(facts("ideal", lengths, rows[0]["ideal_steps"], slots))
-    head = ["way", "decode steps", "over ideal", "slot-steps per token", "steps per 1000 tokens"]
+    for chunk in options.chunks:
+        seen = count(lengths, slots=slots, chunk_steps=chunk, refill_cost_steps=NEVER)
+        name = f"refilled every {chunk} steps"
+        rows.append(facts(name, lengths, slots, steps=seen.steps, calls=seen.calls))
+    for cost in options.costs:
+        seen = count(lengths, slots=slots, chunk_steps=LONGEST_CHUNK, refill_cost_steps=cost)
+        name = f"refilled once idle slots have cost {cost} steps"
+        rows.append(facts(name, lengths, slots, steps=seen.steps, calls=seen.calls))
+    head = ["way", "decode steps", "over ideal", "slot-steps per token", "steps per call"]
     cells = [
         [r["way"], f"{r['steps']:,}", f"{r['steps_over_ideal']:.2f}",
-         f"{r['slot_steps_per_token']:.2f}", f"{r['steps_per_1000_tokens']:.1f}"]
+         f"{r['slot_steps_per_token']:.2f}", f"{r['steps_per_call']:.1f}"]
         for r in rows
     ]  # fmt: skip
     markdown = (
         f"# Refilling slots on a 10x tail\n\n{len(lengths)} samples, {sum(lengths):,} tokens, median "
-        f"{options.median}, longest {max(lengths)}. Counts, not times; they repeat exactly.\n\n"
-        f"{record.table(head, cells)}"
+        f"{options.median}, longest {max(lengths)}, {slots} slots; ideal: {ideal_steps(lengths, slots):,} "
+        f"steps. Counts, not times; they repeat exactly.\n\n{record.table(head, cells)}"
     )
     content = {"provenance": made, "lengths": lengths, "rows": rows}
     record.write("slot_refill", content, markdown, options.out)

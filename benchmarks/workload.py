@@ -88,6 +88,8 @@ class Workload:
     """Sequences jaxrl decodes at once in the tail scenario; batch limit of continuous batching."""
     microbatch: int
     """Sequences in one forward and backward of the train step."""
+    jaxrl_microbatch: int
+    """The same, for jaxrl."""
     threads: int
 
     @property

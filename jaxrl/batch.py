@@ -25,3 +25,9 @@ class Batch:
     token_weights: Any  # float32, d loss / d token loss
     advantages: Any  # float32, of the target's sequence (or token)
     sampler_logprobs: Any  # float32
+    # Of a forward pass over the whole batch before its first update; None where nothing needs it.
+    learner_logprobs: Any = None  # float32
+    learner_entropy: Any = None  # float32, nats
+    reference_logprobs: Any = None  # float32
+    values: Any = None  # float32, the critic's, before the target is sampled
+    returns: Any = None  # float32, what the critic learns

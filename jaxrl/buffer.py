@@ -86,6 +86,12 @@ class GroupBuffer:
             self._free_tickets -= number
             return [self._draw_one() for _ in range(number)]
 
+    @property
+    def has_tickets(self) -> bool:
+        """A ticket could be drawn at once."""
+        with self._changed:
+            return self._free_tickets > 0
+
     def put(self, group: RolloutGroup) -> None:
         """Hand in the finished group of a ticket."""
         with self._changed:
@@ -99,10 +105,14 @@ class GroupBuffer:
 
     # -- learner side ------------------------------------------------------------------------------
 
-    def take(self) -> list[RolloutGroup]:
-        """P finished groups in stream order; waits for them. Their tickets stay taken until `release`."""
+    def take(self, number: int | None = None) -> list[RolloutGroup]:
+        """P (or `number`) finished groups in stream order; waits for them.
+
+        The tickets of the P groups of a step stay taken until `release`. More than P in all may be taken
+        for one step if the surplus is discarded first.
+        """
         with self._changed:
-            while (chosen := self._may_leave()) is None:
+            while (chosen := self._may_leave(number)) is None:
                 self.raise_if_over()
                 self._changed.wait()
             self.raise_if_over()
@@ -111,6 +121,12 @@ class GroupBuffer:
                 staleness = self._version - self._births.pop(group.prompt.index)
                 assert 0 <= staleness <= self.max_staleness, (staleness, group.prompt.index)
             return groups
+
+    def discard(self, number: int) -> None:
+        """`number` of the groups just taken are not trained on: their tickets are free at once."""
+        with self._changed:
+            self._free_tickets += number
+            self._changed.notify_all()
 
     def release(self, version: int) -> None:
         """Weights `version`, trained on the groups last taken, are published: free their tickets."""
@@ -168,10 +184,11 @@ class GroupBuffer:
         self._births[index] = self._version
         return Ticket(prompt=self._source.at(index), birth_version=self._version)
 
-    def _may_leave(self) -> Sequence[int] | None:
+    def _may_leave(self, number: int | None = None) -> Sequence[int] | None:
+        number = self.prompts_per_step if number is None else number
         by_age = sorted(self._finished, key=lambda index: (self._births[index], index))
-        chosen = by_age[: self.prompts_per_step]
-        if len(chosen) < self.prompts_per_step:
+        chosen = by_age[:number]
+        if len(chosen) < number:
             return None
         staying = (birth for index, birth in self._births.items() if index not in set(chosen))
         return chosen if self._bound_can_hold(staying) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ from jaxrl.buffer import BufferState, GroupBuffer
 from jaxrl.config import Config
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
+from jaxrl.learner.critic import critic_adam
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.optimizer import adamw, learning_rate
 from jaxrl.learner.steps import ForwardSettings
 from jaxrl.observe import Observer
 from jaxrl.policy import resolve_model
 from jaxrl.prompts import PromptStream, encode_prompt
-from jaxrl.rewards.pool import RewardPool
+from jaxrl.rewards.pool import RewardPool, VerifierError
+from jaxrl.rewards.sandbox.client import Sandbox
 from jaxrl.rollout.engine import RolloutEngine, SamplingParams
 from jaxrl.rollout.worker import RolloutWorker
 from jaxrl.tasks import Task, make_task
@@ -56,10 +59,10 @@ def make_learner(
     config: Config, model: ModelConfig, mesh: Mesh, policy: Decoder, observer: Observer
 ) -> Learner:
     """The learner of reinforcement learning; takes ownership of `policy`."""
-    train = config.train
+    train, updates = config.train, config.grpo.updates_per_step
     rate = learning_rate(
-        peak=train.learning_rate, warmup_steps=train.warmup_steps, steps=train.steps,
-        schedule=train.schedule,
+        peak=train.learning_rate, warmup_steps=train.warmup_steps * updates,
+        steps=train.steps * updates, schedule=train.schedule,
     )  # fmt: skip
     return make_learner_at(config, model, mesh, policy, rate, observer)
 
@@ -74,9 +77,15 @@ def make_learner_at(
         model, rate, beta1=train.beta1, beta2=train.beta2, eps=train.eps,
         weight_decay=train.weight_decay, max_grad_norm=train.max_grad_norm,
     )  # fmt: skip
+    critic_optimizer = None
+    if config.grpo.advantage_baseline == "value":
+        critic_optimizer = critic_adam(
+            learning_rate=config.grpo.critic_learning_rate, max_grad_norm=train.max_grad_norm
+        )
     return Learner(
         model, mesh, policy, optimizer, forward=forward_settings(config), grpo=config.grpo,
         max_nonfinite_steps=train.max_nonfinite_steps, observer=observer,
+        critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
 
@@ -102,6 +111,7 @@ def make_engine(config: Config, subject: Subject, mesh: Mesh, observer: Observer
     return RolloutEngine(
         subject.model, mesh, num_slots=rollout.slots, max_prompt_tokens=rollout.max_prompt_tokens,
         max_new_tokens=rollout.max_new_tokens, chunk_steps=rollout.chunk_steps,
+        refill_cost_steps=rollout.refill_cost_steps,
         num_stop_ids=len(subject.tokenizer.stop_ids), dtype=jnp.dtype(config.model.dtype),
         seed=config.run.seed, kv_on_swap=rollout.kv_on_swap, observer=observer,
     )  # fmt: skip
@@ -113,6 +123,20 @@ def make_rewards(config: Config) -> RewardPool:
     return RewardPool(
         task, config.run.seed, task.reward_workers, task.reward_timeout_s, task.reward_latency_s
     )
+
+
+def await_verifiers(config: Config, rewards: RewardPool) -> None:
+    """Wait until the verifier processes can judge; for code, say what programs will run in.
+
+    Raises: UserError if one cannot start, with what its process said.
+    """
+    try:
+        rewards.wait_ready()
+    except VerifierError as error:
+        raise UserError(str(error)) from error
+    if config.task.judge == "code":
+        with closing(Sandbox()) as sandbox:
+            print(f"verifier code: {sandbox.isolation}")
 
 
 def make_evaluator(config: Config, subject: Subject, mesh: Mesh, rewards: RewardPool) -> Evaluator:

@@ -67,6 +67,22 @@ class Checkpoints:
         leaves = [arrays[name] for name in targets]
         return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
+    def restore_policy(self, step: int, like: Any) -> Any:
+        """The weights alone of checkpoint `step`, whatever its algorithm kept beside them.
+
+        like: a policy in the shapes, dtypes and shardings wanted.
+        """
+        targets = {
+            f".policy{name}": leaf for name, leaf in _by_path(jax.tree.map(_abstract, like)).items()
+        }
+        args = ocp.args.PyTreeRestore(
+            targets,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+            partial_restore=True,
+        )
+        arrays = self._restore(step, ocp.args.Composite(state=args))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in targets])
+
     def wait(self) -> None:
         """Until everything saved is on disk."""
         self._manager.wait_until_finished()

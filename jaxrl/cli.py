@@ -1,9 +1,10 @@
 """Command line and YAML, read by one parser, so that both give the same errors. Loads no jax.
 
-    python -m jaxrl.train --config quickstart --grpo.clip-high=0.28 --train.steps 200
+    python -m jaxrl.train --config quickstart --algorithm dapo --grpo.clip-high=0.28 --train.steps 200
 
-A YAML file is flattened into the same `--section.key=value` words that the command line uses; what
-stands on the command line wins. Entry points run inside `user_errors`, which turns what a user can
+A YAML file is flattened into the same `--section.key=value` words that the command line uses. An algorithm
+file replaces what the configuration says under grpo, except the batch; what stands on the command line wins.
+Entry points run inside `user_errors`, which turns what a user can
 mend into one message on stderr and exit code 2.
 """
 
@@ -27,7 +28,7 @@ from typing import Annotated, Any, cast
 import tyro
 import yaml
 
-from jaxrl.config import Config
+from jaxrl.config import Config, GrpoConfig
 from jaxrl.errors import UserError
 
 EXIT_USER_ERROR = 2
@@ -47,14 +48,21 @@ class ParsedArgs:
     """Print the plan and stop before anything is compiled or written."""
     debug: bool
     """Show tracebacks of user errors too."""
+    list_algorithms: bool
+    """Print the algorithms of configs/algorithms and stop."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Words:
-    """The command line as tyro sees it: three switches, then the configuration without a prefix."""
+    """The command line as tyro sees it: its own words, then the configuration without a prefix."""
 
     config: str | None = None
     """YAML file, or a name from configs/ such as quickstart. Options below override it."""
+    algorithm: str | None = None
+    """YAML file, or a name from configs/algorithms/ such as dapo. Sets all of grpo but prompts_per_step and
+    group_size."""
+    list_algorithms: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the algorithms with their choices and sources, then stop."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print sizes, memory and predicted times, then stop before the first step."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -70,7 +78,7 @@ def parse_args(
     prog: str = "python -m jaxrl.train",
     description: str = "Train a language model with reinforcement learning.",
 ) -> ParsedArgs:
-    """Configuration from `--config` (a file) overridden by the remaining words of `argv`.
+    """Configuration from `--config` and `--algorithm` (files) overridden by the other words of `argv`.
 
     `--grpo.clip-high=0.28` and `--grpo.clip_high 0.28` mean the same.
 
@@ -78,53 +86,63 @@ def parse_args(
         UserError: the file is missing, is not valid YAML, or holds an invalid key or value.
         SystemExit: code 2 after a message for a bad word in `argv`; code 0 after `--help`.
     """
-    name = _config_word(argv)
+    name, algorithm = _file_word(argv, "--config"), _file_word(argv, "--algorithm")
     base = Config() if name is None else load_config(resolve_config(name))
+    if algorithm is not None:
+        base, _ = load_algorithm(resolve_config(algorithm, "--algorithm"), base)
     words = tyro.cli(
         _Words,
         args=[_spelled(word) for word in argv],
-        default=_Words(config=name, settings=base),
+        default=_Words(config=name, algorithm=algorithm, settings=base),
         prog=prog,
         description=description,
     )
-    return ParsedArgs(config=words.settings, dry_run=words.dry_run, debug=words.debug)
+    return ParsedArgs(
+        config=words.settings, dry_run=words.dry_run, debug=words.debug,
+        list_algorithms=words.list_algorithms,
+    )  # fmt: skip
 
 
-def _config_word(argv: Sequence[str]) -> str | None:
-    """Value of `--config` in `argv`; tyro reports a missing value, so that case is None here."""
-    found = [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+def _file_word(argv: Sequence[str], option: str) -> str | None:
+    """Value of `option` in `argv`; tyro reports a missing value, so that case is None here."""
+    found = [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
     found += [
         value
         for word, value in itertools.pairwise(argv)
-        if word == "--config" and not value.startswith("--")
+        if word == option and not value.startswith("--")
     ]
     if len(found) > 1:
         raise UserError(
-            f"--config is given {len(found)} times ({', '.join(found)}); name one file and "
+            f"{option} is given {len(found)} times ({', '.join(found)}); name one file and "
             "override single values with --section.key=value"
         )
     return found[0] if found else None
 
 
-def resolve_config(name: str) -> Path:
-    """File that `name` means: the literal path, then `name[.yaml]` in each of CONFIG_FOLDERS."""
+def resolve_config(name: str, option: str = "--config") -> Path:
+    """File that `name` means: the literal path, then `name[.yaml]` in each of CONFIG_FOLDERS.
+
+    For the option --algorithm their folder algorithms/ is searched.
+    """
     literal = Path(name)
     if literal.is_file():
         return literal
+    folders = [f if option == "--config" else f / "algorithms" for f in CONFIG_FOLDERS]
     inner = Path(*literal.parts[1:]) if literal.parts[:1] == ("configs",) else literal
-    for folder in CONFIG_FOLDERS:
+    inner = Path(inner.name) if inner.parts[:1] == ("algorithms",) else inner
+    for folder in folders:
         for candidate in (folder / inner, folder / f"{inner}.yaml"):
             if candidate.is_file():
                 return candidate
     if literal.is_dir():
         raise UserError(
-            f"--config {name} is a folder; give a YAML file, "
+            f"{option} {name} is a folder; give a YAML file, "
             f"for a run folder {literal / 'config.yaml'}"
         )
-    known = sorted({path.stem for folder in CONFIG_FOLDERS for path in folder.glob("*.yaml")})
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     near = difflib.get_close_matches(inner.stem, known, n=1)
     raise UserError(
-        f"--config {name}: no such file, and no configuration of that name"
+        f"{option} {name}: no such file, and no configuration of that name"
         + (f"; did you mean {near[0]}?" if near else "")
         + f" (known names: {', '.join(known) or 'none'})"
     )
@@ -150,6 +168,41 @@ def load_config(path: Path) -> Config:
     Raises:
         UserError: the file cannot be read, is not a YAML mapping, or a key or value is not valid.
     """
+    return _parsed(_read(path), path, Config())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """Where an algorithm comes from."""
+
+    source: str
+    departures: str
+    """From the source; "-" where there is none."""
+
+
+def load_algorithm(path: Path, base: Config) -> tuple[Config, About]:
+    """`base` with the algorithm of the YAML file `path` in place of its grpo, except the batch.
+
+    The file has a section `about` with source and departures beside the sections of a configuration.
+
+    Raises:
+        UserError: as `load_config`; `about` is missing or incomplete.
+    """
+    tree = dict(_read(path))
+    about = tree.pop("about", None)
+    keys = {item.name for item in dataclasses.fields(About)}
+    if not isinstance(about, Mapping) or set(about) != keys:
+        raise UserError(
+            f"{path} is no algorithm: it needs a section 'about' with exactly {', '.join(sorted(keys))}"
+        )
+    batch = base.grpo
+    fresh = GrpoConfig(prompts_per_step=batch.prompts_per_step, group_size=batch.group_size)
+    config = _parsed(tree, path, dataclasses.replace(base, grpo=fresh))
+    return config, About(source=str(about["source"]), departures=str(about["departures"]))
+
+
+def _read(path: Path) -> Mapping[Any, Any]:
+    """The mapping in the YAML file `path`."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
@@ -161,12 +214,18 @@ def load_config(path: Path) -> Config:
             f"{path} holds a {type(tree).__name__}; it must map sections to values, "
             "as in 'train: {steps: 100}'"
         )
+    return tree or {}
+
+
+def _parsed(tree: Mapping[Any, Any], path: Path, base: Config) -> Config:
+    """`base` with the values of `tree`, which stands in the file `path`."""
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
             return tyro.cli(
                 Config,
-                args=list(_flatten(tree or {})),
+                args=list(_flatten(tree)),
+                default=base,
                 add_help=False,
                 config=(tyro.conf.FlagConversionOff,),
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from jaxrl.algorithms.config import GrpoConfig
 from jaxrl.errors import UserError
 
 
@@ -37,7 +38,13 @@ class ModelOptions:
     """Which policy: a checkpoint folder, or a decoder initialised from scratch in the given shape."""
 
     path: Path | None = None
-    """Folder with config.json and safetensors; the shape below is then read from it and must stay default."""
+    """Checkpoint: folder with config.json and safetensors, or hub id; it brings the shape below."""
+    chat: bool = False
+    """Prompts are the user's turn in the checkpoint's own chat template; without, plain text."""
+    system: str | None = None
+    """chat: the system turn before it."""
+    thinking: Literal["default", "on", "off"] = "default"
+    """chat: mode of a hybrid model (Qwen3, SmolLM3); default: what its template does unasked."""
     width: int = 128
     """D, residual stream."""
     num_layers: int = 2
@@ -64,8 +71,11 @@ class ModelOptions:
 class TaskConfig:
     """What the policy learns to do."""
 
-    name: Literal["arithmetic", "countdown", "stories", "jsonl"] = "arithmetic"
-    """arithmetic: sums; countdown: reach a target; stories: story openings; jsonl: a file of your own."""
+    name: Literal[
+        "arithmetic", "countdown", "stories", "gsm8k", "math", "code", "jsonl"
+    ] = "arithmetic"
+    """arithmetic: sums; countdown: reach a target; stories: story openings; gsm8k, math, code: those data
+    sets or files in their form; jsonl: any file of prompts and answers."""
     digits: int = 2
     """arithmetic: digits of each operand."""
     operators: str = "+"
@@ -75,17 +85,54 @@ class TaskConfig:
     numbers: int = 3
     """countdown: how many numbers are given."""
     path: Path | None = None
-    """jsonl: file with one object per line: prompt, answer and, for a cold start, solution."""
+    """gsm8k, math, code, jsonl: file of problems (.jsonl, .jsonl.gz, .parquet), or a data set of the hub as
+    owner/name:split or owner/name:subset:split. A problem's hash decides its split: 80/10/10."""
+    test_path: Path | None = None
+    """The whole test split, in the same forms; what it holds is left out of path, which then splits 90/10."""
+    prompt_template: str | None = None
+    """Prompt with {problem} in it; None: the task's own, for chat models. A base model may want
+    'Question: {problem}\\nAnswer:'."""
+    max_chars: int = 0
+    """Leave out problems whose prompt or worked solution is longer [characters]; 0: none."""
+    verifier: str | None = None
+    """exact, math, code, or your own function (my_rewards.py:score, package.module:score); None: the task's
+    own, for jsonl exact."""
+    code_wall_s: float = 10.0
+    """code: longest run of a program on one test [s]."""
+    code_adaptive: bool = False
+    """code: lower that limit, test by test, to what correct programs need."""
     num_train: int = 8192
     """Most problems in the train split (a task may have fewer)."""
     num_eval: int = 256
     """Most problems in the validation split, and as many again in the test split."""
     reward_workers: int = 1
     """Verifier processes; 0 verifies in the rollout thread."""
-    reward_timeout_s: float = 10.0
+    reward_timeout_s: float = 15.0
     """Longest a single verification may take [s]; past it the reward is 0 and the case is counted."""
     reward_latency_s: float = 0.0
     """Added to each verification [s]: stands in for a slow verifier in experiments."""
+
+    @property
+    def judge(self) -> str | None:
+        """Name of the verifier that judges; None: the task itself does."""
+        own = {"gsm8k": "math", "math": "math", "code": "code", "jsonl": "exact"}
+        return self.verifier or own.get(self.name)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.code_wall_s > 0, f"task.code_wall_s={self.code_wall_s} must be positive; usual: 10"
+        )
+        _check(
+            self.judge != "code" or self.reward_timeout_s > self.code_wall_s,
+            f"task.reward_timeout_s={self.reward_timeout_s} would end a verification before its program "
+            f"reaches task.code_wall_s={self.code_wall_s}; set the first to {self.code_wall_s + 5} or more "
+            "(jaxrl.score: --timeout-s), or lower the second",
+        )
+        _check(
+            self.prompt_template is None or "{problem}" in self.prompt_template,
+            f"task.prompt_template={self.prompt_template!r} lacks {{problem}}, where the problem goes; "
+            "add it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +192,9 @@ class RolloutConfig:
     slots: int = 128
     """Sequences decoded at once."""
     chunk_steps: int = 8
-    """Decode steps per jitted call; slots are refilled and weights swapped between calls."""
+    """Most decode steps per jitted call; slots are refilled and weights swapped between calls."""
+    refill_cost_steps: float = 1.0
+    """What ending a call early costs [decode steps]: it ends once idle slots wasted as much and work waits."""
     max_prompt_tokens: int = 32
     """Longest prompt [tokens]."""
     max_new_tokens: int = 32
@@ -160,82 +209,6 @@ class RolloutConfig:
     """Most optimizer steps between the oldest token of a sample and the weights it trains; 0 is synchronous."""
     kv_on_swap: Literal["keep", "recompute"] = "keep"
     """What happens to cached keys and values of unfinished samples when the weights change."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GrpoConfig:
-    """Policy optimisation as four independent choices: advantage, ratio, aggregation, correction."""
-
-    prompts_per_step: int = 16
-    """P, prompts in one optimizer step."""
-    group_size: int = 8
-    """G, samples per prompt."""
-    advantage_scale: Literal["group_std", "batch_std", "none"] = "group_std"
-    """Divides reward minus group mean. group_std: GRPO arXiv:2402.03300; none: Dr. GRPO arXiv:2503.20783."""
-    advantage_baseline: Literal["mean", "leave_one_out"] = "mean"
-    """What is subtracted from the reward."""
-    drop_zero_advantage: bool = True
-    """Leave groups whose samples all got the same reward out of the batch and of its denominators; counted."""
-    ratio: Literal["ppo", "cispo", "reinforce", "gspo"] = "ppo"
-    """How the policy ratio enters: PPO clip, CISPO, REINFORCE (no ratio), GSPO (sequence ratio)."""
-    clip_low: float = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: float = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    dual_clip: float = 0.0
-    """For negative advantages the loss is capped at dual_clip * |A| (arXiv:1912.09729); 0 is off, else > 1."""
-    aggregation: Literal["token_mean", "sequence_mean", "prompt_mean", "constant"] = "token_mean"
-    """How token losses become one number; constant divides by sequences * rollout.max_new_tokens (Dr. GRPO)."""
-    ratio_from: Literal["sampler", "learner"] = "sampler"
-    """Denominator of the ratio: the sampler's log-probabilities (bypass), or the learner's at step start."""
-    correction: Literal["none", "truncated", "masked"] = "none"
-    """Weight learner/sampler on each token when ratio_from=learner: truncated (TIS) or masked (MIS)."""
-    correction_cap: float = 2.0
-    """Largest correction weight; masked drops tokens outside [1/cap, cap]."""
-    kl_weight: float = 0.0
-    """Weight of the KL to the frozen reference in the loss; 0 keeps no reference."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of that KL (Schulman's note; arXiv:2402.03300 eq. 4 is k3)."""
-    log_reference: bool = False
-    """Keep the frozen reference and log its KL and log-probability even when kl_weight is 0."""
-    entropy_weight: float = 0.0
-    """Weight of the entropy bonus."""
-    mask_truncated: bool = False
-    """Leave completions that hit the length limit out of the loss (arXiv:2503.14476, overlong filtering)."""
-
-    def __post_init__(self) -> None:
-        _check(
-            self.group_size >= 2,
-            f"grpo.group_size={self.group_size}: a group needs at least 2 samples to compare",
-        )
-        _check(
-            self.prompts_per_step >= 1,
-            f"grpo.prompts_per_step={self.prompts_per_step} must be at least 1",
-        )
-        _check(
-            0 <= self.clip_low <= 1, f"grpo.clip_low={self.clip_low} must lie in [0, 1]; usual: 0.2"
-        )
-        _check(
-            self.clip_high >= 0, f"grpo.clip_high={self.clip_high} must be >= 0; usual: 0.2 or 0.28"
-        )
-        _check(
-            self.dual_clip == 0 or self.dual_clip > 1,
-            f"grpo.dual_clip={self.dual_clip} must be 0 (off) or greater than 1; usual: 3",
-        )
-        _check(
-            self.correction == "none" or self.ratio_from == "learner",
-            f"grpo.correction={self.correction} with grpo.ratio_from=sampler would weight by "
-            "learner/sampler twice; set grpo.ratio_from=learner, or grpo.correction=none",
-        )
-        _check(
-            self.correction_cap >= 1,
-            f"grpo.correction_cap={self.correction_cap} must be at least 1; usual: 2",
-        )
-        _check(
-            self.ratio != "gspo" or self.aggregation == "sequence_mean",
-            "grpo.ratio=gspo is a sequence ratio and needs grpo.aggregation=sequence_mean, "
-            f"not {self.aggregation}",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -299,6 +272,8 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: int = 2
     """Newest checkpoints kept."""
+    export_every_steps: int = 0
+    """Optimizer steps between exports as Hugging Face folders, exports/step_N of the run; 0: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

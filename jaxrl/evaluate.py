@@ -99,6 +99,7 @@ def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
             step = _step(args, checkpoints)
             policy = checkpoints.restore_state(step, learner.state).policy
         rewards = stack.enter_context(build.make_rewards(config))
+        build.await_verifiers(config, rewards)
         store = build.make_store(config, subject.model, learner_mesh, rollout_mesh)
         evaluator = build.make_evaluator(config, subject, rollout_mesh, rewards)
         problems = subject.task.problems(args.split)[: args.problems]

@@ -27,8 +27,6 @@ class Shapes:
     learner: Layout
     rollout: Layout
     num_slots: int
-    max_tokens: int
-    """Tokens a slot has room for."""
     row_tokens: int
     rows_per_microbatch: int
     chunk_tokens: int
@@ -41,9 +39,7 @@ class Shapes:
 
     def decode(self, kv_len: int, steps: int) -> PhaseCost:
         """`steps` decode steps over all slots."""
-        return cost.decode(
-            self.model, self.rollout, self.num_slots, kv_len, steps, capacity=self.max_tokens
-        )
+        return cost.decode(self.model, self.rollout, self.num_slots, kv_len, steps)
 
     def reference(self, microbatches: int) -> PhaseCost:
         """Forward of the reference over all micro-batches."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import DTypeLike
 
-from jaxrl.algorithms.advantages import group_advantages, zero_variance
+from jaxrl.algorithms.advantages import group_advantages, selected_samples
 from jaxrl.algorithms.aggregation import token_weights
+from jaxrl.algorithms.rewards import correctness, shaped_rewards, without_signal
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
@@ -29,6 +30,18 @@ class TrainSequence:
     sampler_logprobs: np.ndarray  # [T] float32, 0 outside loss_mask
     advantages: np.ndarray  # [T] float32, 0 outside loss_mask
     token_weights: np.ndarray  # [T] float32, 0 outside loss_mask
+    group: int = 0
+    """Position of its group in the batch."""
+    reward: float = 0.0
+    """Of the whole completion, after shaping."""
+    learner_logprobs: np.ndarray | None = None  # [T] float32; these five as in Batch
+    learner_entropy: np.ndarray | None = None  # [T] float32
+    reference_logprobs: np.ndarray | None = None  # [T] float32
+    values: np.ndarray | None = None  # [T] float32
+    returns: np.ndarray | None = None  # [T] float32
+
+
+_SCORES = ("learner_logprobs", "learner_entropy", "reference_logprobs", "values", "returns")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,7 +186,37 @@ def _fields(
         "token_weights": of_target(join("token_weights"), np.float32),
         "advantages": of_target(join("advantages"), np.float32),
         "sampler_logprobs": of_target(join("sampler_logprobs"), np.float32),
+    } | {
+        name: of_target(join(name), np.float32)
+        for name in _SCORES
+        if getattr(sequences[0], name) is not None
     }
+
+
+def unpack(
+    sequences: Sequence[TrainSequence], scores: Sequence[np.ndarray], *, row_tokens: int
+) -> list[np.ndarray]:
+    """What the positions of packed micro-batches say of each sequence's tokens: the inverse of `pack`.
+
+    Args:
+        sequences: N sequences as they were given to `pack`.
+        scores: [R, T] float32 of each micro-batch, position t speaking of its target.
+        row_tokens: as given to `pack`.
+
+    Returns:
+        N arrays [T] float32; entry t speaks of token t, and is 0 outside loss_mask.
+    """
+    layout = _lay_out(_checked_lengths(sequences, row_tokens), row_tokens)
+    flat = np.concatenate([np.asarray(score, np.float32).ravel() for score in scores])
+    of_tokens = np.where(layout.positions > 0, flat[np.maximum(layout.spots - 1, 0)], 0.0)
+    parts: dict[int, np.ndarray] = {}
+    start = 0
+    for n in layout.sequence_order:
+        size = len(sequences[n].tokens)
+        values = of_tokens[start : start + size]
+        parts[n] = np.where(sequences[n].loss_mask, values, 0.0).astype(np.float32)
+        start += size
+    return [parts[n] for n in range(len(sequences))]
 
 
 def groups_to_sequences(
@@ -181,9 +224,9 @@ def groups_to_sequences(
 ) -> tuple[list[TrainSequence], dict[str, float]]:
     """Advantages, filters and token weights of one optimizer batch of complete groups.
 
-    Groups of equal rewards are left out if settings.drop_zero_advantage; completions that hit the
+    Groups without signal are left out if settings.drop_zero_advantage; completions that hit the
     limit are left out of the loss (not of the group's baseline) if settings.mask_truncated. Neither
-    is in any denominator.
+    is in any denominator (the latter with settings.count_masked).
 
     Args:
         groups: P groups, all of the same G.
@@ -196,40 +239,62 @@ def groups_to_sequences(
     """
     if not groups:
         return [], {}
-    rewards = np.array([[r.reward.total for r in group.rollouts] for group in groups])
-    advantages = group_advantages(
-        rewards, baseline=settings.advantage_baseline, scale=settings.advantage_scale
-    )
+    rewards = shaped_rewards(groups, settings, max_new_tokens)
     lengths = np.array([[len(r.completion.tokens) for r in group.rollouts] for group in groups])
     truncated = np.array(
         [[r.completion.finish is Finish.LENGTH for r in group.rollouts] for group in groups]
     )
-    dropped = zero_variance(rewards) & settings.drop_zero_advantage
-    masked = truncated & ~dropped[:, None] & settings.mask_truncated
-    keep = ~(dropped[:, None] | masked)
+    flat = without_signal(groups, rewards, settings)
+    dropped = flat & settings.drop_zero_advantage
+    counted = ~dropped[:, None] & selected_samples(
+        rewards, correctness(groups), settings.keep_samples
+    )
+    masked = truncated & counted & settings.mask_truncated
+    keep = counted & ~masked
+    advantages = np.zeros(rewards.shape)
+    if not dropped.all():
+        advantages[~dropped] = _advantages(rewards[~dropped], settings)
     weights = np.zeros(rewards.shape)
-    weights[keep] = token_weights(
-        lengths[keep],
-        np.argwhere(keep)[:, 0],
+    enters = counted if settings.count_masked else keep
+    weights[enters] = token_weights(
+        np.where(keep, lengths, 0)[enters],
+        np.argwhere(enters)[:, 0],
         mode=settings.aggregation,
         constant=float(max_new_tokens),
+        count_empty=settings.count_masked,
     )
     sequences = [
-        _sequence(groups[p], g, float(advantages[p, g]), float(weights[p, g]))
+        _sequence(
+            groups[p], g, p, float(advantages[p, g]), float(weights[p, g]), float(rewards[p, g])
+        )
         for p, g in np.argwhere(keep)
     ]
     return sequences, {
         **_reward_metrics(groups, rewards),
         **_completion_metrics(groups, lengths, truncated),
         "filter/dropped_groups": float(dropped.sum()),
-        "filter/frac_reward_zero_std": float(zero_variance(rewards).mean()),
+        "filter/frac_reward_zero_std": float(flat.mean()),
         "filter/masked_truncated": float(masked.sum()),
         "advantage/abs_mean": float(np.abs(advantages[keep]).mean()) if keep.any() else 0.0,
     }
 
 
-def _sequence(group: RolloutGroup, g: int, advantage: float, weight: float) -> TrainSequence:
-    """Sample g of a group; every generated token has loss."""
+def _advantages(rewards: np.ndarray, settings: GrpoConfig) -> np.ndarray:
+    """What rewards [P, G] alone decide; token and minibatch spreads and values come later."""
+    scale = settings.advantage_scale
+    return group_advantages(
+        rewards,
+        baseline="none" if settings.advantage_baseline == "value" else settings.advantage_baseline,
+        scale="none" if scale == "minibatch_std" or scale == "token_std" else scale,
+        eps=settings.advantage_eps,
+        ddof=settings.advantage_ddof,
+    )
+
+
+def _sequence(
+    group: RolloutGroup, g: int, position: int, advantage: float, weight: float, reward: float
+) -> TrainSequence:
+    """Sample g of the group at `position`; every generated token has loss."""
     completion = group.rollouts[g].completion
     prompt = np.asarray(group.prompt.tokens, dtype=np.int32)
     size = len(completion.tokens)
@@ -242,6 +307,8 @@ def _sequence(group: RolloutGroup, g: int, advantage: float, weight: float) -> T
         ).astype(np.float32),
         advantages=np.where(mask, np.float32(advantage), np.float32(0)),
         token_weights=np.where(mask, np.float32(weight), np.float32(0)),
+        group=position,
+        reward=reward,
     )
 
 

@@ -77,7 +77,6 @@ def make_shapes(config: Config, model: ModelConfig) -> Shapes:
             compute_dtype=dtype, param_dtype=dtype, kv_dtype=dtype,
         ),
         num_slots=config.rollout.slots,
-        max_tokens=config.rollout.max_prompt_tokens + config.rollout.max_new_tokens,
         chunk_tokens=config.train.logprob_chunk_tokens,
         row_tokens=config.train.row_tokens,
         rows_per_microbatch=config.train.rows_per_microbatch,
@@ -98,7 +97,7 @@ def workload_of(config: Config) -> Workload:
         chunk_tokens=train.logprob_chunk_tokens,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        reference=config.grpo.kl_weight != 0 or config.grpo.log_reference,
+        reference=config.grpo.scoring_passes > 0,
     )
 
 
@@ -229,8 +228,11 @@ def _memory(config: Config, shapes: Shapes) -> tuple[dict[str, int], dict[str, i
         row_tokens=train.row_tokens, remat=config.model.remat,
         chunk_tokens=train.logprob_chunk_tokens,
     )  # fmt: skip
-    if config.grpo.kl_weight or config.grpo.log_reference:
-        learner = {**learner, "reference": learner["parameters"]}
+    parts = dict(learner)
+    if config.grpo.uses_reference:
+        learner["reference"] = parts["parameters"]
+    if config.grpo.advantage_baseline == "value" and config.grpo.critic_trunk == "separate":
+        learner["critic"] = sum(parts[n] for n in ("parameters", "gradients", "optimizer"))
     rolls = memory_per_device(
         shapes.model, shapes.rollout, slots=rollout.slots, snapshots=2,
         max_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
@@ -268,9 +270,16 @@ def _phase_seconds(
         shapes.optimizer(),
         shapes.publish(),
     ]
-    if config.grpo.kl_weight or config.grpo.log_reference:
+    if config.grpo.scoring_passes:
         costs.append(shapes.reference(microbatches))
-    seconds = {cost.phase: predict(cost, hardware).expected_s for cost in costs}
+    calls = {
+        Phase.TRAIN: config.grpo.epochs,
+        Phase.OPTIMIZER: config.grpo.updates_per_step,
+        Phase.REFERENCE: config.grpo.scoring_passes,
+    }
+    seconds = {
+        cost.phase: calls.get(cost.phase, 1) * predict(cost, hardware).expected_s for cost in costs
+    }
     chunk = shapes.decode(longest, rollout.chunk_steps)
     seconds[Phase.DECODE] = chunks * predict(chunk, hardware).expected_s
     if config.task.reward_latency_s:

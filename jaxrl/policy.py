@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxrl.chat import ChatTokenizer, load_chat_template
 from jaxrl.config import ModelOptions
 from jaxrl.errors import UserError
 from jaxrl.tasks import Task
 from jaxrl.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.hf import load_policy, read_config
+from models.hf import checkpoint_folder, describe_model, load_policy, read_config
 from models.sharding import init_sharded, policy_shardings
 
 _SHAPE = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "qk_norm")
@@ -24,15 +28,16 @@ def resolve_model(
     """Architecture and tokenizer: from model.path, or from the model.* shape and the task's alphabet.
 
     Raises:
-        UserError: the checkpoint cannot be used, does not reach `max_positions` tokens, or model.path
-            and a shape are both given.
+        UserError: the checkpoint cannot be found or used, does not reach `max_positions` tokens or has
+            fewer token ids than its tokenizer, or model.path and a shape are both given.
     """
     if options.path is None:
+        if options.chat:
+            raise UserError(
+                "model.chat=true needs a checkpoint with a chat template; set model.path"
+            )
         return _from_scratch(options, task, max_positions)
-    if not options.path.is_dir():
-        raise UserError(
-            f"model.path={options.path} is no folder; give one that holds config.json and safetensors"
-        )
+    folder = model_folder(options.path)
     default = ModelOptions()
     given = [name for name in _SHAPE if getattr(options, name) != getattr(default, name)]
     if given:
@@ -41,15 +46,45 @@ def resolve_model(
             f"{getattr(options, given[0])} is set too; remove model.{', model.'.join(given)}"
         )
     try:
-        config = read_config(options.path)
+        config = read_config(folder)
     except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"model.path={options.path}: {error}") from error
     if config.max_positions < max_positions:
         raise UserError(
             f"rollout.max_prompt_tokens + rollout.max_new_tokens = {max_positions}, but the checkpoint "
             f"{options.path} was made for {config.max_positions} positions; lower one of the two"
         )
-    return config, load_tokenizer(options.path)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"model.path={options.path} has embeddings for {config.vocab_size} tokens, but its tokenizer "
+            f"has {tokenizer.vocab_size}; these files belong to different checkpoints"
+        )
+    return config, _chatting(options, tokenizer, folder)
+
+
+def _chatting(options: ModelOptions, tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer, for chats if the configuration wants them."""
+    if options.chat:
+        thinking = {"default": None, "on": True, "off": False}[options.thinking]
+        template = load_chat_template(folder)
+        return ChatTokenizer(tokenizer, template, system=options.system, thinking=thinking)
+    for name in ("system", "thinking"):
+        if getattr(options, name) != getattr(ModelOptions(), name):
+            raise UserError(f"model.{name} is set, but model.chat is false; set model.chat=true")
+    return tokenizer
+
+
+@cache
+def model_folder(path: Path) -> Path:
+    """The local folder of model.path: the folder itself, or what the hub id stands for.
+
+    Raises: UserError if there is no such folder and nothing can be fetched.
+    """
+    try:
+        return checkpoint_folder(path)
+    except ValueError as error:
+        raise UserError(f"model.path={error}") from error
 
 
 def _from_scratch(
@@ -57,7 +92,8 @@ def _from_scratch(
 ) -> tuple[ModelConfig, Tokenizer]:
     if task.alphabet is None:
         raise UserError(
-            f"task.name={task.name} needs a trained checkpoint and its tokenizer; set model.path to its folder"
+            f"task.name={task.name} needs a trained checkpoint and its tokenizer; set model.path to its "
+            "folder or hub id"
         )
     tokenizer = CharTokenizer(task.alphabet)
     try:
@@ -86,7 +122,21 @@ def first_policy(options: ModelOptions, config: ModelConfig, mesh: Mesh, seed: i
         return init_sharded(config, jax.random.key(seed), mesh, jnp.float32)
     try:
         return load_policy(
-            options.path, config, dtype=jnp.float32, shardings=policy_shardings(config, mesh)
+            model_folder(options.path),
+            config,
+            dtype=jnp.float32,
+            shardings=policy_shardings(config, mesh),
         )
     except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"model.path={options.path}: {error}") from error
+
+
+def describe_policy(
+    options: ModelOptions, config: ModelConfig, tokenizer: Tokenizer, run: Path
+) -> None:
+    """Write into the run folder what its weights mean, so that `python -m models.hf export` needs
+    nothing else."""
+    source = None if options.path is None else model_folder(options.path)
+    folder = describe_model(config, run, source)
+    if isinstance(tokenizer, CharTokenizer):
+        tokenizer.save(folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 
+from jaxrl.chat import ChatTokenizer
 from jaxrl.errors import UserError
 from jaxrl.tasks.base import stable_hash
 from jaxrl.tokenizer import Tokenizer
@@ -93,7 +94,10 @@ def encode_prompt(
                 f"tokenizer {tokenizer.name} has no start token to put first; use add_bos=False"
             )
         start = [tokenizer.bos_id]
-    tokens = (*start, *tokenizer.encode(problem.prompt))
+    if isinstance(tokenizer, ChatTokenizer):
+        tokens = (*start, *tokenizer.encode_question(problem.prompt))
+    else:
+        tokens = (*start, *tokenizer.encode(problem.prompt))
     if not tokens:
         raise UserError(f"problem {problem.id} has an empty prompt; give it at least one token")
     if len(tokens) > max_prompt_tokens:

@@ -100,7 +100,7 @@ def fork(learner: Learner, folder: Path) -> Decoder:
             raise UserError(
                 f"run.fork_from={folder} has no checkpoint yet; give a run folder that has one"
             )
-        return checkpoints.restore_state(step, learner.state).policy
+        return checkpoints.restore_policy(step, learner.state.policy)
     finally:
         checkpoints.close()
 

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxrl import build
 from jaxrl.buffer import GroupBuffer
@@ -31,9 +32,13 @@ from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, sim
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
 from jaxrl.learner.learner import Learner
-from jaxrl.packing import groups_to_sequences, pack
+from jaxrl.learner.prepare import Rows, prepare
 from jaxrl.plan import make_plan, plan_rows, workload_of
+from jaxrl.policy import describe_policy
+from jaxrl.presets import listing
 from jaxrl.record import RunRecord
+from jaxrl.refill import take_batch
+from jaxrl.rewards.pool import RewardPool
 from jaxrl.run_folder import open_run
 from jaxrl.start import Starter, existing_checkpoints
 from jaxrl.telemetry.metrics import assert_share
@@ -41,6 +46,7 @@ from jaxrl.telemetry.run import RunTelemetry
 from jaxrl.telemetry.tables import print_plan
 from jaxrl.types import Problem, RolloutGroup, Snapshot
 from jaxrl.weights import WeightStore
+from models.hf import export_policy
 from roofline.calibrate import cached_or_calibrate
 from roofline.phases import Phase
 
@@ -54,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = False) -> None:
     """One run from its configuration to its summary; resumes where the run folder's checkpoints end."""
+    if parsed.list_algorithms:
+        print(listing())
+        return
     config = parsed.config
     simulate_cpu_devices(config.mesh.devices)
     remember_programs()
@@ -71,6 +80,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     with ExitStack() as stack:
         folder = stack.enter_context(closing(open_run(config, argv)))
         hardware.save(folder.hardware)
+        describe_policy(config.model, subject.model, subject.tokenizer, folder.path)
         checkpoints = stack.enter_context(
             closing(Checkpoints(folder.checkpoints, keep=config.checkpoint.keep))
         )
@@ -85,6 +95,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
             config=config, subject=subject, mesh=learner_mesh, store=store, evaluator=evaluator,
             checkpoints=checkpoints, telemetry=telemetry,
         )  # fmt: skip
+        build.await_verifiers(config, rewards)
         learner, record = starter.begin() if resumed_step is None else starter.resume(resumed_step)
         if only_cold_start:
             return
@@ -94,8 +105,8 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
         )
         loop = Loop(
             config=config, learner=learner, store=store, buffer=buffer, evaluator=evaluator,
-            problems=build.held_out(config, subject)[0], checkpoints=checkpoints, record=record,
-            telemetry=telemetry,
+            rewards=rewards, problems=build.held_out(config, subject)[0], checkpoints=checkpoints,
+            record=record, telemetry=telemetry, folder=folder.path,
         )  # fmt: skip
         with telemetry.watched(buffer), worker:
             loop.run()
@@ -111,10 +122,12 @@ class Loop:
     store: WeightStore
     buffer: GroupBuffer
     evaluator: Evaluator
+    rewards: RewardPool
     problems: Sequence[Problem]
     checkpoints: Checkpoints
     record: RunRecord
     telemetry: RunTelemetry
+    folder: Path
 
     def run(self) -> None:
         """Optimizer steps until train.steps."""
@@ -122,9 +135,12 @@ class Loop:
         began = time.perf_counter() - self.record.wall_s
         for step in range(self.record.step + 1, last + 1):
             with self.telemetry.observer.phase(Phase.WAIT_BATCH):
-                groups = self.buffer.take()
+                groups, discarded = take_batch(
+                    self.buffer, self.config.grpo, self.config.rollout.max_new_tokens
+                )
             staleness = self.record.consume(groups, step - 1)
-            metrics = self._learn(groups)
+            metrics = self._learn(groups, step)
+            metrics["filter/refilled_groups"] = float(len(discarded))
             snapshot = self._publish(step)
             self.buffer.release(step)
             self.record.step, self.record.buffer = step, self.buffer.state()
@@ -133,24 +149,30 @@ class Loop:
                 metrics |= self._evaluate(snapshot)
             if _due(step, self.config.checkpoint.every_steps) or step == last:
                 self._save(step)
+            if _due(step, self.config.checkpoint.export_every_steps):
+                self._export(step)
             metrics |= {f"off_policy/{name}": n for name, n in self.buffer.counts().items()}
+            metrics |= self.rewards.stats().metrics()
             self.telemetry.log_step(step, metrics, groups, staleness)
 
-    def _learn(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """One optimizer step; none if every group was filtered, which is counted."""
+    def _learn(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+        """The updates on one batch; none if every group was filtered, which is counted."""
         config = self.config
-        sequences, metrics = groups_to_sequences(groups, config.grpo, config.rollout.max_new_tokens)
-        batches, packing = pack(
-            sequences, row_tokens=config.train.row_tokens,
+        rows = Rows(
+            row_tokens=config.train.row_tokens,
             rows_per_microbatch=config.train.rows_per_microbatch,
-        )  # fmt: skip
-        padding = assert_share("perf/padding_ratio", packing.padding_ratio, zero_allowed=True)
-        metrics |= {
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        prepared = prepare(groups, config.grpo, rows, self.learner)
+        padding = assert_share("perf/padding_ratio", prepared.padding_ratio, zero_allowed=True)
+        metrics = prepared.metrics | {
             "perf/padding_ratio": padding,
-            "batch/microbatches": packing.microbatches,
-            "batch/empty": float(not batches),
+            "batch/microbatches": sum(len(batches) for batches in prepared.minibatches),
+            "batch/empty": float(not prepared.minibatches),
         }
-        return {**metrics, **self.learner.update(batches)} if batches else metrics
+        if not prepared.minibatches:
+            return metrics
+        return {**metrics, **self.learner.update_step(prepared.minibatches, step)}
 
     def _publish(self, step: int) -> Snapshot:
         with self.telemetry.observer.publish(step) as work:
@@ -168,6 +190,12 @@ class Loop:
         self.record.nonfinite_steps = self.learner.num_nonfinite_steps
         with self.telemetry.observer.phase(Phase.CHECKPOINT):
             self.checkpoints.save(step, self.learner.state, self.record.to_json())
+
+    def _export(self, step: int) -> None:
+        """The weights as a Hugging Face folder, in bfloat16."""
+        with self.telemetry.observer.phase(Phase.CHECKPOINT):
+            out = self.folder / "exports" / f"step_{step}"
+            export_policy(self.learner.state.policy, out, run=self.folder, dtype="bfloat16")
 
 
 def _due(step: int, every: int) -> bool:

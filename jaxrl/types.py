@@ -36,6 +36,8 @@ class Problem:
     """What the verifier compares against; its form is the task's own."""
     solution: str
     """A worked solution that the verifier accepts; what the cold start learns from."""
+    row: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """The record that the problem was made from, for verifiers that read more than the answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

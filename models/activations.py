@@ -22,3 +22,16 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     if x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
+
+
+def gather_width(matrix: jax.Array) -> jax.Array:
+    """matrix [V, D] with D whole on every device and V split over the tensor axis where it divides.
+
+    Looking rows up in a matrix whose D is split would move activations between devices instead of
+    weights, and not as the rows are split. The matrix itself outside a mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or "tensor" not in mesh.axis_names:
+        return matrix
+    split = "tensor" if matrix.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(split, None))

@@ -6,6 +6,50 @@ Letters used everywhere: L layers, D width, N query heads, K kv heads, H head si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """How the rotary frequencies of a context of `original_max_positions` are stretched.
+
+    linear (arXiv:2306.15595 eq. 4): every frequency divided by `factor`.
+    llama3 (Llama 3.1, rope_scaling.py of meta-llama/llama-models): only the slow ones, those that turn
+    less than `low_frequency_factor` times over the original context; those that turn more than
+    `high_frequency_factor` times stay; between the two, a linear mixture.
+    yarn (arXiv:2309.00071 section 3.2): the same idea with a ramp over the pairs, from `beta_fast` to
+    `beta_slow` turns, and cosine and sine multiplied by `attention_factor`.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_positions: int = 0
+    """Longest sequence before stretching [tokens]; unused by linear."""
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """yarn: the ends of the ramp are rounded outwards to whole pairs."""
+    attention_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise ValueError(f"rope scaling factor={self.factor} must be at least 1")
+        if self.kind != "linear" and self.original_max_positions < 1:
+            raise ValueError(
+                f"rope scaling original_max_positions={self.original_max_positions} must be positive"
+            )
+        if self.kind == "llama3" and not self.high_frequency_factor > self.low_frequency_factor > 0:
+            raise ValueError(
+                f"rope scaling low_frequency_factor={self.low_frequency_factor} must lie between 0 and "
+                f"high_frequency_factor={self.high_frequency_factor}"
+            )
+        if self.kind == "yarn" and not self.beta_fast > self.beta_slow > 0:
+            raise ValueError(
+                f"rope scaling beta_slow={self.beta_slow} must lie between 0 and "
+                f"beta_fast={self.beta_fast}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +76,8 @@ class ModelConfig:
     """Longest sequence the position encoding was made for [tokens]."""
     rope_theta: float = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How they are stretched for longer sequences than pretraining's."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     gated_mlp: bool = True

@@ -9,6 +9,7 @@ heads per kv head, H head size, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from models import layers as block
-from models.activations import constrain_rows
-from models.cache import KEY_BLOCK, KVCache, block_keys, prefix, widen, write_token
+from models.activations import constrain_rows, gather_width
+from models.cache import KEY_BLOCK, KVCache, block_keys, replace_start, write_token
 from models.config import ModelConfig
 from models.parameters import Parameter, outer_table, stacked_layer_table
 
@@ -108,21 +109,20 @@ def hidden_states(
     """
     config = policy.config
     mask = block.packed_mask(segment_ids)
-    tables = block.rope_tables(positions, tokens.shape[1], config.head_size, config.rope_theta)
+    tables = _rope_tables(config, positions, tokens.shape[1])
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
-        layer, rope_on = xs
+        layer, rope_on = _fuse(xs[0]), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         heads = checkpoint_name(block.packed_attention(q, k, v, mask), "heads")
-        x = x + _attention_out(layer, heads)
-        return constrain_rows(x + _mlp(layer, config, x)), None
+        return _after_attention(layer, config, x, heads), None
 
     saved = jax.checkpoint_policies.save_only_these_names("heads")
     if not remat:
         products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         saved = jax.checkpoint_policies.save_from_both_policies(saved, products)
     attend = jax.checkpoint(attend, prevent_cse=False, policy=saved)
-    x = constrain_rows(block.embed(policy.embedding, tokens).astype(dtype))
+    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
     x, _ = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return block.rms_norm(x, policy.final_norm, config.norm_eps)
 
@@ -137,18 +137,15 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
     config = policy.config
     tokens_of_row = jnp.arange(tokens.shape[1])
     mask = (tokens_of_row[:, None] >= tokens_of_row[None, :])[None]
-    tables = block.rope_tables(
-        tokens_of_row[None], tokens.shape[1], config.head_size, config.rope_theta
-    )
+    tables = _rope_tables(config, tokens_of_row[None], tokens.shape[1])
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]):
-        layer, rope_on = xs
+        layer, rope_on = _fuse(xs[0]), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
-        x = x + _attention_out(layer, block.packed_attention(q, k, v, mask))
-        x = constrain_rows(x + _mlp(layer, config, x))
+        x = _after_attention(layer, config, x, block.packed_attention(q, k, v, mask))
         return x, (block_keys(k), v.transpose(0, 2, 1, 3))
 
-    x = constrain_rows(block.embed(policy.embedding, tokens).astype(dtype))
+    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
     _, (keys, values) = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return keys, values
 
@@ -162,18 +159,54 @@ def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any)
     length = tokens.shape[1]
     if length % KEY_BLOCK and length != cache.max_tokens:
         raise ValueError(f"recompute of {length} tokens: use a multiple of {KEY_BLOCK}")
-    keys, values = prefill(policy, tokens, dtype=dtype)
-    dtype_of_cache = cache.values[0].dtype
-    fresh = KVCache(
-        keys=tuple(keys.astype(dtype_of_cache)), values=tuple(values.astype(dtype_of_cache))
+    return replace_start(cache, *prefill(policy, tokens, dtype=dtype))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FusedLayer:
+    """One layer as it is computed: weights that meet the same input side by side, in one product.
+
+    With few rows a product's time is mostly the reading of its weight, and one wide product reads
+    better than several narrow ones; in backward, tensor-parallel devices sum one gradient instead of
+    one per weight. They lie side by side per kv head and per hidden unit, so that a tensor-parallel
+    device holds what belongs together.
+    """
+
+    attention_norm: jax.Array  # [D]
+    qkv: jax.Array  # [D, K, G + 2, H]: G query heads, one key, one value
+    qkv_bias: jax.Array | None  # [K, G + 2, H]
+    q_norm: jax.Array | None  # [H]
+    k_norm: jax.Array | None  # [H]
+    attention_out: jax.Array  # [K, G, H, D]
+    mlp_norm: jax.Array  # [D]
+    gate_up: jax.Array  # [D, 2, F], or [D, 1, F] without a gate
+    down: jax.Array  # [F, D]
+
+
+def split_layers(policy: Decoder) -> tuple[FusedLayer, ...]:
+    """The layers one by one, ready to compute with: a copy of their parameters."""
+    stacked = policy.layers
+    return tuple(
+        _fuse(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(policy.config.num_layers)
     )
-    return widen(fresh, cache)
 
 
-def split_layers(policy: Decoder) -> tuple[Layers, ...]:
-    """The layers one by one, as decode uses them: a copy of their parameters."""
-    count = policy.config.num_layers
-    return tuple(jax.tree.map(lambda stacked, i=i: stacked[i], policy.layers) for i in range(count))
+def _fuse(layer: Layers) -> FusedLayer:
+    bias = None
+    if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
+        bias = jnp.concatenate([layer.q_bias, layer.k_bias[:, None], layer.v_bias[:, None]], axis=1)
+    return FusedLayer(
+        attention_norm=layer.attention_norm,
+        qkv=jnp.concatenate([layer.q, layer.k[:, :, None], layer.v[:, :, None]], axis=2),
+        qkv_bias=bias,
+        q_norm=layer.q_norm,
+        k_norm=layer.k_norm,
+        attention_out=layer.attention_out,
+        mlp_norm=layer.mlp_norm,
+        gate_up=jnp.stack([w for w in (layer.gate, layer.up) if w is not None], axis=1),
+        down=layer.down,
+    )
 
 
 def decode_step(
@@ -183,36 +216,37 @@ def decode_step(
     positions: jax.Array,
     *,
     dtype: Any,
-    kv_limit: int | None = None,
-    layers: tuple[Layers, ...] | None = None,
+    layers: tuple[FusedLayer, ...] | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [B, D] after one more token per slot, and the cache that holds its key and
     value.
 
-    tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. kv_limit (static; None: S)
-    is how many keys are read: the caller vouches that every live slot's position is below it. It
-    copies what it reads; in a loop, `models.cache.narrow` before and `widen` after copies once.
+    tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. All of the cache is read: give
+    the first segments only (`models.cache.split_cache`) while every sequence is short enough.
     Layers are unrolled: a scan would copy each layer's weights and cache in every step. So would
     slicing the weights inside a loop: pass layers=split_layers(policy), made before the loop.
     """
     config = policy.config
-    tables = block.rope_tables(
-        positions[:, None], cache.max_tokens, config.head_size, config.rope_theta
-    )
-    x = constrain_rows(block.embed(policy.embedding, tokens[:, None]).astype(dtype))
+    tables = _rope_tables(config, positions, cache.max_tokens)
+    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
     all_keys, all_values = list(cache.keys), list(cache.values)
-    limit = cache.max_tokens if kv_limit is None else kv_limit
     for i, layer in enumerate(split_layers(policy) if layers is None else layers):
-        q, k, v = _project(layer, config, x, None if i in config.no_rope_layers else tables)
-        all_keys[i], all_values[i] = write_token(
-            all_keys[i], all_values[i], k[:, 0], v[:, 0], positions
-        )
-        seen = prefix(all_keys[i], all_values[i], limit)
-        heads = block.cached_attention(q[:, 0], *seen, positions)
-        x = x + _attention_out(layer, heads[:, None])
-        x = constrain_rows(x + _mlp(layer, config, x))
-    hidden = block.rms_norm(x[:, 0], policy.final_norm, config.norm_eps)
+        rotation = None if i in config.no_rope_layers else tables
+        q, k, v = _project(layer, config, x, rotation)
+        all_keys[i], all_values[i] = write_token(all_keys[i], all_values[i], k, v, positions)
+        heads = block.cached_attention(q, all_keys[i], all_values[i], positions)
+        x = _after_attention(layer, config, x, heads)
+    hidden = block.rms_norm(x, policy.final_norm, config.norm_eps)
     return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))
+
+
+def _rope_tables(
+    config: ModelConfig, positions: jax.Array, length: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [..., H/2] of positions [...] below `length`, as the architecture rotates."""
+    return block.rope_tables(
+        positions, length, config.head_size, config.rope_theta, config.rope_scaling
+    )
 
 
 def _rope_switch(config: ModelConfig) -> jax.Array | None:
@@ -233,37 +267,33 @@ def _switched(
 
 
 def _project(
-    layer: Layers,
+    layer: FusedLayer,
     config: ModelConfig,
     x: jax.Array,
     tables: tuple[jax.Array, jax.Array] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [B, T, K, G, H], k and v [B, T, K, H] of x [B, T, D]; tables [B or 1, T, H/2], None: no
-    rotation."""
+    """q [..., K, G, H], k and v [..., K, H] of x [..., D]; tables [..., H/2], None: no rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
-        q = block.product(normed, layer.q)
-        k = block.product(normed, layer.k)
-        v = block.product(normed, layer.v)
-        if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
-            q = q + layer.q_bias.astype(x.dtype)[None, None]
-            k = k + layer.k_bias.astype(x.dtype)[None, None]
-            v = v + layer.v_bias.astype(x.dtype)[None, None]
+        qkv = block.product(normed, layer.qkv)
+        if layer.qkv_bias is not None:
+            bias = layer.qkv_bias.astype(x.dtype)
+            qkv = qkv + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     if layer.q_norm is not None and layer.k_norm is not None:
         q = block.rms_norm(q, layer.q_norm, config.norm_eps)
         k = block.rms_norm(k, layer.k_norm, config.norm_eps)
     if tables is None:
         return q, k, v
-    cos, sin = (table[:, :, None] for table in tables)
+    cos, sin = (table[..., None, :] for table in tables)
     return block.rotate(q, cos[..., None, :], sin[..., None, :]), block.rotate(k, cos, sin), v
 
 
-def _attention_out(layer: Layers, heads: jax.Array) -> jax.Array:
-    """heads [B, T, K, G, H] -> [B, T, D]."""
+def _after_attention(
+    layer: FusedLayer, config: ModelConfig, x: jax.Array, heads: jax.Array
+) -> jax.Array:
+    """The rest of a layer: x [..., D] plus the attended heads [..., K, G, H], then the MLP."""
     with jax.named_scope("attention_out"):
-        return block.product(heads, layer.attention_out, contracted=3)
-
-
-def _mlp(layer: Layers, config: ModelConfig, x: jax.Array) -> jax.Array:
+        x = x + block.product(heads, layer.attention_out, contracted=3)
     normed = block.rms_norm(x, layer.mlp_norm, config.norm_eps)
-    return block.mlp(normed, layer.gate, layer.up, layer.down)
+    return constrain_rows(x + block.mlp(normed, layer.gate_up, layer.down))

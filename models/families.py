@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,15 +18,19 @@ class Family:
     tied_embeddings: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    head_size: int | None = None
+    """None: width / heads."""
+    sliding_window: int | None = None
+    """Keys that attention sees where `config.json` does not say [tokens]; None: all."""
     no_rope_interval: int | None = None
     """Every so-manieth layer has no rotary encoding, unless `no_rope_layers` says otherwise."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(architecture="LlamaForCausalLM"),
-    "mistral": Family(architecture="MistralForCausalLM"),
+    "mistral": Family(architecture="MistralForCausalLM", sliding_window=4096),
     "qwen2": Family(architecture="Qwen2ForCausalLM", qkv_bias=True),
-    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True),
+    "qwen3": Family(architecture="Qwen3ForCausalLM", qk_norm=True, head_size=128),
     "smollm3": Family(
         architecture="SmolLM3ForCausalLM",
         rope_theta=2000000.0,
@@ -61,10 +66,11 @@ def parse_config(content: dict[str, Any]) -> ModelConfig:
         num_layers=_integer(content, "num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=_integer(content, "num_key_value_heads", default_kv),
-        head_size=_integer(content, "head_dim", width // heads),
+        head_size=_integer(content, "head_dim", family.head_size or width // heads),
         ffw_size=_integer(content, "intermediate_size"),
         max_positions=_integer(content, "max_position_embeddings", 2048),
-        rope_theta=_rope_theta(content, family),
+        rope_theta=float(_rope(content).get("rope_theta", family.rope_theta)),
+        rope_scaling=_rope_scaling(content),
         norm_eps=float(content.get("rms_norm_eps", 1e-6)),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
@@ -99,7 +105,8 @@ def _refuse_unsupported(content: dict[str, Any], family: Family) -> None:
     )
     for key in ("attention_bias", "mlp_bias", "quantization_config", "use_sliding_window"):
         _check(not content.get(key), f"config.json: {key}={content.get(key)!r} is not supported")
-    window, longest = content.get("sliding_window"), content.get("max_position_embeddings", 2048)
+    window = content.get("sliding_window", family.sliding_window)
+    longest = content.get("max_position_embeddings", 2048)
     windowed = content["model_type"] == "mistral" and window is not None and window < longest
     windowed |= "sliding_attention" in (content.get("layer_types") or ())
     _check(
@@ -109,20 +116,120 @@ def _refuse_unsupported(content: dict[str, Any], family: Family) -> None:
     )
 
 
-def _rope_theta(content: dict[str, Any], family: Family) -> float:
-    """Base frequency from v5 `rope_parameters` or v4 `rope_theta`; any scaling is refused."""
-    rope = content.get("rope_parameters") or {}
-    scaling = content.get("rope_scaling") or {}
-    for entry in (rope, scaling):
-        kind = entry.get("rope_type", entry.get("type", "default"))
-        _check(
-            kind == "default",
-            f"config.json: rope scaling of type {kind!r} is not supported; "
-            "use a checkpoint without rope scaling",
-        )
+_ROPE_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate",
+        "attention_factor", "mscale", "mscale_all_dim",
+    },
+}  # fmt: skip
+"""Entries that each type of rope scaling may have, besides its type, base and rotated share."""
+
+
+def _rope(content: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings in one dictionary: v5 `rope_parameters`, or v4 `rope_scaling` and
+    `rope_theta`."""
+    rope = {key: content[key] for key in ("rope_theta",) if content.get(key) is not None}
+    rope |= content.get("rope_scaling") or content.get("rope_parameters") or {}
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))
+    _check(
+        kind in _ROPE_KEYS,
+        f"config.json: rope scaling of type {kind!r} is not supported; supported are "
+        f"{sorted(_ROPE_KEYS)}",
+    )
     partial = rope.get("partial_rotary_factor", content.get("partial_rotary_factor", 1.0))
     _check(partial in (None, 1.0), f"config.json: partial_rotary_factor={partial} is not supported")
-    return float(rope.get("rope_theta", content.get("rope_theta", family.rope_theta)))
+    common = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    unknown = sorted(set(rope) - _ROPE_KEYS[kind] - common)
+    _check(
+        not unknown,
+        f"config.json: rope scaling of type {kind!r} has {unknown}, which is not supported; "
+        f"it may have {sorted(_ROPE_KEYS[kind])}",
+    )
+    return rope
+
+
+def _rope_scaling(content: dict[str, Any]) -> RopeScaling | None:
+    rope = _rope(content)
+    kind = rope["rope_type"]
+    if kind == "default":
+        return None
+    required = {"linear": ("factor",), "yarn": ("factor",)}.get(
+        kind, ("factor", "low_freq_factor", "high_freq_factor")
+    )
+    for key in required:
+        value = rope.get(key)
+        _check(
+            isinstance(value, int | float) and not isinstance(value, bool),
+            f"config.json: rope scaling of type {kind!r} needs a number {key}, not {value!r}",
+        )
+    factor = float(rope["factor"])
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    longest = _integer(content, "max_position_embeddings", 2048)
+    original = int(rope.get("original_max_position_embeddings") or longest)
+    if kind == "llama3":
+        return RopeScaling(
+            kind="llama3",
+            factor=factor,
+            original_max_positions=original,
+            low_frequency_factor=float(rope["low_freq_factor"]),
+            high_frequency_factor=float(rope["high_freq_factor"]),
+        )
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=_attention_factor(rope, factor),
+    )
+
+
+def _attention_factor(rope: dict[str, Any], factor: float) -> float:
+    """What yarn multiplies cosine and sine by: 0.1 ln(factor) + 1 (arXiv:2309.00071 eq. 22), or as
+    told."""
+
+    def softer(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return softer(rope["mscale"]) / softer(rope["mscale_all_dim"])
+    return softer(1.0)
+
+
+def _render_rope(config: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` for transformers 4 and vLLM, `rope_parameters` for
+    transformers 5."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        entries: dict[str, Any] = {"rope_type": "default"}
+    else:
+        entries = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind != "linear":
+            entries["original_max_position_embeddings"] = scaling.original_max_positions
+        if scaling.kind == "llama3":
+            entries["low_freq_factor"] = scaling.low_frequency_factor
+            entries["high_freq_factor"] = scaling.high_frequency_factor
+        if scaling.kind == "yarn":
+            entries |= {
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "truncate": scaling.truncate,
+                "attention_factor": scaling.attention_factor,
+            }
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if scaling is None else dict(entries),
+        "rope_parameters": {**entries, "rope_theta": config.rope_theta},
+    }
 
 
 def _no_rope_layers(content: dict[str, Any], family: Family) -> tuple[int, ...]:
@@ -188,8 +295,7 @@ def render_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "head_dim": config.head_size,
         "intermediate_size": config.ffw_size,
         "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_render_rope(config),
         "rms_norm_eps": config.norm_eps,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied_embeddings,
@@ -198,6 +304,8 @@ def render_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "pad_token_id": None,
         "torch_dtype": dtype,
     }
+    if family.sliding_window is not None:
+        content["sliding_window"] = None
     if family.no_rope_interval is not None:
         off = config.no_rope_layers
         content["no_rope_layers"] = [int(i not in off) for i in range(config.num_layers)]

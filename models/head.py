@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.activations import gather_width
 from models.decoder import Decoder
 
 
@@ -61,7 +62,7 @@ def target_logprobs(
         return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :tokens]
 
     scale = 1.0 / jnp.asarray(temperature, jnp.float32)
-    matrix = _head_matrix(policy).astype(dtype)
+    matrix = gather_width(_head_matrix(policy).astype(dtype))
     logprobs, entropy = _chunked(matrix, split(hidden.astype(dtype)), split(targets), scale)
     return join(logprobs), join(entropy)
 

@@ -7,10 +7,14 @@ head size, F ffw.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
+
+from models.config import RopeScaling
 
 SCORES_AT_ONCE = 2**20
 """Float32 attention scores that exist at once in one program: 4 MiB, about a core's share of cache."""
@@ -37,10 +41,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def rope_tables(
-    positions: jax.Array, length: int, head_size: int, theta: float
+    positions: jax.Array,
+    length: int,
+    head_size: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [..., H/2] float32 of positions [...], all below `length`; frequency i is
-    theta^(-2i/H).
+    theta^(-2i/H), stretched by `scaling`.
 
     Looked up in a table of `length` rows: computed in place, the compiler repeats the cosines in
     every use.
@@ -49,10 +57,38 @@ def rope_tables(
     """
     half = head_size // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scale = 1.0
+    if scaling is not None:
+        frequencies = _stretched(frequencies, theta, scaling)
+        scale = scaling.attention_factor
     angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.take(jnp.cos(angles), positions, axis=0), jnp.take(
-        jnp.sin(angles), positions, axis=0
-    )
+    cos, sin = (scale * table for table in (jnp.cos(angles), jnp.sin(angles)))
+    return jnp.take(cos, positions, axis=0), jnp.take(sin, positions, axis=0)
+
+
+def _stretched(frequencies: jax.Array, theta: float, scaling: RopeScaling) -> jax.Array:
+    """Rotary frequencies [H/2] for a longer context; the formulas are those of `RopeScaling`."""
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    else:
+        half = frequencies.shape[0]
+        low, high = (
+            half
+            * math.log(scaling.original_max_positions / (turns * 2 * math.pi))
+            / math.log(theta)
+            for turns in (scaling.beta_fast, scaling.beta_slow)
+        )
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * half - 1)
+        width = high - low or 0.001
+        keep = 1.0 - jnp.clip((jnp.arange(half, dtype=jnp.float32) - low) / width, 0.0, 1.0)
+    return keep * frequencies + (1.0 - keep) * slow
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -67,25 +103,29 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: jax.Array, *, contracted: int = 1) -> jax.Array:
     """x [..., I...] times weight [I..., O...] -> [..., O...], the last `contracted` dims of x summed.
 
-    Both sides are flattened to matrices first: the gradient of a weight then contracts one dimension
-    instead of two (rows and tokens), which is a third faster on CPU and the same elsewhere.
+    What is not contracted of x, and what is, are flattened to one dimension each: the gradient of a
+    weight then contracts one dimension instead of two (rows and tokens), which is a third faster on
+    CPU and the same elsewhere. O... stay as they are: flattened, a split of the last one over devices
+    would be lost.
     """
     split = x.ndim - contracted
     outer, out = x.shape[:split], weight.shape[contracted:]
-    columns = weight.reshape(math.prod(weight.shape[:contracted]), math.prod(out))
-    flat = x.reshape(math.prod(outer), columns.shape[0]) @ columns.astype(x.dtype)
+    columns = weight.reshape(math.prod(weight.shape[:contracted]), *out).astype(x.dtype)
+    flat = jax.lax.dot_general(
+        x.reshape(math.prod(outer), columns.shape[0]), columns, (((1,), (0,)), ((), ()))
+    )
     return flat.reshape(*outer, *out)
 
 
-def mlp(x: jax.Array, gate: jax.Array | None, up: jax.Array, down: jax.Array) -> jax.Array:
-    """The feed-forward block on x [..., D] with gate and up [D, F] and down [F, D].
+def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    """The feed-forward block on x [..., D] with gate and up [D, 2, F] and down [F, D].
 
-    down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, down(silu(up x)).
+    down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, up [D, 1, F], down(silu(up x)).
     """
     with jax.named_scope("mlp"):
-        inner = product(x, up)
-        active = jax.nn.silu(inner) if gate is None else jax.nn.silu(product(x, gate)) * inner
-        return product(active, down)
+        inner = product(x, gate_up)
+        active = jax.nn.silu(inner[..., 0, :])
+        return product(active if gate_up.shape[1] == 1 else active * inner[..., 1, :], down)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:
@@ -140,20 +180,32 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
 
 
 def cached_attention(
-    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    q: jax.Array,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    positions: jax.Array,
 ) -> jax.Array:
     """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G,
     H].
 
-    keys [B, K, n, H, S/n] in n blocks and values [B, K, S, H], as `models.cache` lays them out.
+    Segments of keys [B, K, n, H, s/n] in n blocks and values [B, K, s, H], as `models.cache` lays them
+    out.
     """
     with jax.named_scope("cached_attention"):
-        b, k, g, h = q.shape
-        blocks, tokens = keys.shape[2], values.shape[2]
-        q = jnp.broadcast_to(q[:, :, None], (b, k, blocks, g, h))
-        scores = jnp.einsum("bkngh,bknhs->bkngs", q, keys, preferred_element_type=jnp.float32)
-        scores = scores.transpose(0, 1, 3, 2, 4).reshape(b, k, g, tokens) * h**-0.5
-        seen = jnp.arange(tokens)[None, :] <= positions[:, None]
-        scores = jnp.where(seen[:, None, None, :], scores, MASKED_SCORE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgs,bksh->bkgh", weights, values)
+        scores = jnp.concatenate([_scores_of(q, segment) for segment in keys], axis=-1)
+        seen = jnp.arange(scores.shape[-1])[None, :] <= positions[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
+        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+        ends = list(itertools.accumulate(segment.shape[2] for segment in values))
+        parts = jnp.split(weights, ends[:-1], axis=-1)
+        sums = [jnp.einsum("bkgs,bksh->bkgh", *pair) for pair in zip(parts, values, strict=True)]
+        return functools.reduce(jnp.add, sums)
+
+
+def _scores_of(q: jax.Array, keys: jax.Array) -> jax.Array:
+    """float32 products [B, K, G, s] of q [B, K, G, H] with one segment of keys [B, K, n, H, s/n]."""
+    b, k, g, h = q.shape
+    blocks, size = keys.shape[2], keys.shape[4]
+    q = jnp.broadcast_to(q[:, :, None], (b, k, blocks, g, h))
+    scores = jnp.einsum("bkngh,bknhs->bkngs", q, keys, preferred_element_type=jnp.float32)
+    return scores.transpose(0, 1, 3, 2, 4).reshape(b, k, g, blocks * size)

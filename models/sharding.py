@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.activations import ROW_AXES
 from models.cache import KVCache
@@ -51,7 +51,7 @@ def make_mesh(
     return Mesh(grid.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def _mesh_axis(name: str, dim: str | None, size: int, mesh: Mesh) -> str | None:
+def _mesh_axis(name: str, dim: str | None, size: int, mesh: Mesh | AbstractMesh) -> str | None:
     """Mesh axis for one dimension of one parameter.
 
     A vocabulary that the axis does not divide is replicated: its size is given by the tokenizer, so
@@ -72,14 +72,14 @@ def _mesh_axis(name: str, dim: str | None, size: int, mesh: Mesh) -> str | None:
     )
 
 
-def _sharding(name: str, parameter: Parameter, mesh: Mesh) -> NamedSharding:
+def _sharding(name: str, parameter: Parameter, mesh: Mesh | AbstractMesh) -> NamedSharding:
     dims = zip(parameter.axes, parameter.shape, strict=True)
     spec = PartitionSpec(*(_mesh_axis(name, dim, size, mesh) for dim, size in dims))
     return NamedSharding(mesh, spec)
 
 
-def policy_shardings(config: ModelConfig, mesh: Mesh) -> Decoder:
-    """A Decoder with a NamedSharding in place of each array.
+def policy_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Decoder:
+    """A Decoder with a NamedSharding in place of each array; an AbstractMesh needs no devices.
 
     Raises: ValueError naming the first dimension that its mesh axis does not divide.
     """
@@ -103,6 +103,12 @@ def map_parameters(make: Callable[[str, Any], Any], config: ModelConfig) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, abstract_decoder(config))
 
 
+def parameters_by_name(tree: Decoder) -> dict[str, Any]:
+    """The leaves of a Decoder by parameter name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path[-1:], simple=True): leaf for path, leaf in leaves}
+
+
 def init_sharded(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any) -> Decoder:
     """A fresh Decoder whose arrays are made on their own devices.
 
@@ -118,10 +124,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def cache_shardings(config: ModelConfig, mesh: Mesh) -> KVCache:
-    """A KVCache of NamedShardings: slots over data and fsdp, kv heads over tensor.
+    """One NamedSharding for all keys and one for all values: slots over data and fsdp, kv heads over
+    tensor. A tree prefix of a KVCache with any number of segments.
 
     Raises: ValueError when the tensor axis does not divide the kv heads.
     """
     heads = _mesh_axis("cache", "kv_heads", config.num_kv_heads, mesh)
-    layers = (NamedSharding(mesh, PartitionSpec(ROW_AXES, heads)),) * config.num_layers
-    return KVCache(keys=layers, values=layers)
+    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, heads))
+    return KVCache(keys=sharding, values=sharding)

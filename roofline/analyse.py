@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from roofline.estimate import QUANTILE_95, SPREAD_PRIOR, SPREAD_PRIOR_STEPS
+from roofline.hardware import Hardware
 from roofline.phases import Phase, PhaseCost
 from roofline.predict import LANES, StepComparison, compare_step, mbu, mfu, stretched
 from roofline.read_run import WAITING, Run, Span
@@ -29,7 +32,7 @@ class PhaseRow:
     phase: Phase
     calls: int
     measured_s: float
-    """Sum over all calls."""
+    """Sum over all calls, overlapping ones counted each."""
     median_s: float
     p10_s: float
     p90_s: float
@@ -39,6 +42,9 @@ class PhaseRow:
     """Median of the expectation with nothing else running."""
     shared_s: float | None
     """Median of the expectation with the other lane computing as it did."""
+    low_s: float | None
+    """Lower end of the 90 % interval around `shared_s`; None on hardware that nobody calibrated."""
+    high_s: float | None
     ratio: float | None
     """Measured over expected in company, both summed over the calls with a prediction."""
     overlap: float
@@ -46,10 +52,15 @@ class PhaseRow:
     bound: str | None
     cost: PhaseCost | None
     """Mean work of a call."""
+    intensity: float | None
+    """Flops per byte of memory traffic."""
     mfu: float | None
     mbu: float | None
     wall_share: float
-    """Measured time over the run's wall time."""
+    """Time covered by at least one call over the run's wall time, in [0, 1]."""
+    step_share: float | None
+    """The same between the first and the last publication: the share of an optimizer step. None in
+    a run that published fewer than two versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,13 +86,36 @@ class StepTimes:
 def phase_rows(run: Run) -> list[PhaseRow]:
     """One row per phase that occurred, in the order of `Phase`."""
     shares = overlaps(run.spans)
+    window = stepping(run)
     by_phase: dict[Phase, list[int]] = {}
     for index, span in enumerate(run.spans):
         by_phase.setdefault(span.phase, []).append(index)
-    return [_row(run, phase, by_phase[phase], shares) for phase in Phase if phase in by_phase]
+    return [
+        _row(run, phase, by_phase[phase], shares, window) for phase in Phase if phase in by_phase
+    ]
 
 
-def _row(run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[float]) -> PhaseRow:
+def stepping(run: Run) -> tuple[float, float, int] | None:
+    """From the end of the first publication to that of the last [s, s], and the steps in between;
+    None with fewer than two."""
+    ends = sorted(s.end_s for s in run.spans if s.phase is Phase.PUBLISH)
+    return (ends[0], ends[-1], len(ends) - 1) if len(ends) > 1 and ends[-1] > ends[0] else None
+
+
+def spread(hardware: Hardware) -> float | None:
+    """Standard deviation of log(measured / expected): from the shapes that calibration held out,
+    with the prior of `roofline.estimate`; None for hardware that nobody calibrated."""
+    if not hardware.calibrated:
+        return None
+    known = sum(math.log(ratio) ** 2 for ratio in hardware.held_out.values())
+    known += SPREAD_PRIOR_STEPS * SPREAD_PRIOR**2
+    return math.sqrt(known / (len(hardware.held_out) + SPREAD_PRIOR_STEPS))
+
+
+def _row(
+    run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[float],
+    window: tuple[float, float, int] | None,
+) -> PhaseRow:  # fmt: skip
     spans = [run.spans[i] for i in indices]
     durations = sorted(span.duration_s for span in spans)
     known = [(run.spans[i], shares[i]) for i in indices if run.spans[i].predicted_s is not None]
@@ -94,6 +128,9 @@ def _row(run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[float]
     total = _total([span.cost for span in costed if span.cost is not None])
     costed_s = sum(span.duration_s for span in costed)
     bounds = [span.bound for span, _ in known if span.bound]
+    expected_s = statistics.median(shared) if shared else None
+    low_s, high_s = interval(expected_s, run.hardware)
+    covered = Covered(spans)
     return PhaseRow(
         phase=phase,
         calls=len(spans),
@@ -103,15 +140,30 @@ def _row(run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[float]
         p90_s=_quantile(durations, 0.9),
         lower_s=statistics.median(lower) if lower else None,
         alone_s=statistics.median(alone) if alone else None,
-        shared_s=statistics.median(shared) if shared else None,
+        shared_s=expected_s,
+        low_s=low_s,
+        high_s=high_s,
         ratio=measured / sum(shared) if sum(shared) > 0 else None,
         overlap=statistics.fmean(shares[i] for i in indices),
         bound=statistics.mode(bounds) if bounds else None,
         cost=_mean(total, len(costed)),
+        intensity=total.flops / total.hbm_bytes if total and total.hbm_bytes > 0 else None,
         mfu=mfu(total, costed_s, run.hardware) if total else None,
         mbu=mbu(total, costed_s, run.hardware) if total else None,
-        wall_share=sum(durations) / run.wall_s if run.wall_s > 0 else 0.0,
+        wall_share=covered.total_s / run.wall_s if run.wall_s > 0 else 0.0,
+        step_share=(
+            covered.covered_s(window[0], window[1]) / (window[1] - window[0]) if window else None
+        ),
     )
+
+
+def interval(expected_s: float | None, hardware: Hardware) -> tuple[float | None, float | None]:
+    """Ends of the 90 % interval around an expectation, if log errors are normal [s]."""
+    deviation = spread(hardware)
+    if expected_s is None or deviation is None:
+        return None, None
+    factor = math.exp(QUANTILE_95 * deviation)
+    return expected_s / factor, expected_s * factor
 
 
 def _total(costs: Sequence[PhaseCost]) -> PhaseCost | None:
@@ -145,7 +197,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 def overlaps(spans: Sequence[Span]) -> list[float]:
     """Share of each span during which the other device lane was computing, in [0, 1]."""
     busy = {
-        lane: _Union([s for s in spans if s.lane == lane and s.computes]) for lane in DEVICE_LANES
+        lane: Covered([s for s in spans if s.lane == lane and s.computes]) for lane in DEVICE_LANES
     }
     shares = []
     for span in spans:
@@ -158,7 +210,7 @@ def overlaps(spans: Sequence[Span]) -> list[float]:
     return shares
 
 
-class _Union:
+class Covered:
     """Time covered by a set of spans, answered for any window in logarithmic time."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
@@ -172,6 +224,11 @@ class _Union:
                 self._ends.append(span.end_s)
         lengths = (end - start for start, end in zip(self._starts, self._ends, strict=True))
         self._before = [0.0, *itertools.accumulate(lengths)]
+
+    @property
+    def total_s(self) -> float:
+        """Time in which at least one of the spans ran [s]."""
+        return self._before[-1]
 
     def _until(self, time_s: float) -> float:
         """Covered time left of `time_s`."""
@@ -195,8 +252,8 @@ def lane_rows(run: Run) -> list[LaneRow]:
         if not spans or run.wall_s <= 0:
             continue
         until = first + run.wall_s
-        busy = _Union([s for s in spans if s.computes]).covered_s(first, until)
-        idle = _Union([s for s in spans if not s.computes]).covered_s(first, until)
+        busy = Covered([s for s in spans if s.computes]).covered_s(first, until)
+        idle = Covered([s for s in spans if not s.computes]).covered_s(first, until)
         rows.append(LaneRow(lane=lane, computing=busy / run.wall_s, waiting=idle / run.wall_s))
     return rows
 
@@ -215,9 +272,9 @@ def step_times(run: Run) -> StepTimes | None:
             value = span.duration_s if span.predicted_s is None else span.predicted_s
             seconds[span.phase] = seconds.get(span.phase, 0.0) + value / steps
     # a verifier's span holds queueing and latency: it occupies no core, and groups overlap
-    reward = _Union([s for s in run.spans if s.phase == Phase.REWARD])
+    reward = Covered([s for s in run.spans if s.phase == Phase.REWARD])
     if Phase.REWARD in seconds:
-        seconds[Phase.REWARD] = reward.covered_s(float("-inf"), float("inf")) / steps
+        seconds[Phase.REWARD] = reward.total_s / steps
     waiting = {p: s for p, s in seconds.items() if p == Phase.REWARD}
     predicted = compare_step(seconds, run.hardware, waiting_s=waiting)
     return StepTimes(predicted=predicted, measured_s=statistics.median(gaps), steps=steps)
@@ -235,7 +292,7 @@ def story(run: Run, rows: Sequence[PhaseRow]) -> list[str]:
             f"{lane.lane}: computing {lane.computing:.0%} of the wall time, waiting "
             f"{lane.waiting:.0%}, neither {rest:.0%} (Python, compilation, time between phases)."
         )
-    work = sorted((r for r in rows if r.phase not in WAITING), key=lambda r: -r.measured_s)
+    work = sorted((r for r in rows if r.phase not in WAITING), key=lambda r: -r.wall_share)
     if work:
         top = ", ".join(f"{r.phase} {r.wall_share:.0%}" for r in work[:3])
         lines.append(f"The largest phases by share of the wall time: {top}.")

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Literal
 
 from models.config import ModelConfig
+from roofline import traffic
 from roofline.kernels import (
     FLOAT32_BYTES,
     Layout,
@@ -27,12 +28,12 @@ from roofline.kernels import (
     ceil_div,
     passes,
     product,
-    reduce_scatter,
     round_up,
     shard,
     streaming,
 )
 from roofline.phases import Phase, PhaseCost
+from roofline.traffic import as_work
 
 __all__ = [
     "Layout", "Remat", "decode", "held_parameters", "num_arrays", "optimizer", "prefill", "publish",
@@ -56,6 +57,7 @@ def prefill(
     part = shard(model, layout)
     work = _embed(local * tokens, part, layout)
     work += _layer(model, part, layout, local, tokens).times(model.num_layers)
+    work += as_work(traffic.forward(model, layout, local * tokens))
     values = 2 * model.num_layers * round_up(tokens, KV_BLOCK_TOKENS) * part.kv
     work += passes(values * local, layout.kv_bytes, 2)
     if samples:
@@ -70,12 +72,9 @@ def decode(
     slots: int,
     kv_len: int,
     steps: int,
-    capacity: int | None = None,
 ) -> PhaseCost:
-    """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens.
-
-    `capacity`: tokens a slot has room for; where it exceeds `kv_len`, the part that is read is
-    copied out before the chunk and back after it. Both are rounded up to the cache's blocks.
+    """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens, rounded up
+    to the cache's blocks.
     """
     local = ceil_div(slots, layout.row_shards)
     part = shard(model, layout)
@@ -83,11 +82,8 @@ def decode(
     step = _embed(local, part, layout)
     step += _layer(model, part, layout, local, 1, cached=read).times(model.num_layers)
     step += _head(local, part, layout) + _sample(local, model, part)
-    work = step.times(steps)
-    if capacity is not None and round_up(capacity, KV_BLOCK_TOKENS) > read:
-        cached = 2 * model.num_layers * local * read * part.kv
-        work += passes(4 * cached, layout.kv_bytes, 4 * model.num_layers)
-    return _cost(Phase.DECODE, work, layout, dispatches=1)
+    step += as_work(traffic.forward(model, layout, local))
+    return _cost(Phase.DECODE, step.times(steps), layout, dispatches=1)
 
 
 def score(
@@ -144,7 +140,13 @@ def train(
     once = layers.times(model.num_layers)
     once += _embed(tokens, part, layout).times(2)
     once += _scored_head(local, row_tokens, part, layout, chunk_tokens).times(4)
-    once += _compute_weights(model, layout, gathers=2) + _sum_gradients(model, layout)
+    once += _cast_weights(model, layout).times(2) + _add_gradients(model, layout)
+    once += as_work(
+        traffic.forward(model, layout, tokens)
+        + traffic.scored_head(model, layout, tokens, trains=True)
+        + traffic.backward(model, layout, tokens)
+        + traffic.gradients(model, layout)
+    )
     return _cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)
 
 
@@ -205,11 +207,6 @@ def _layer_matrices(model: ModelConfig) -> int:
     return 7 if model.gated_mlp else 6
 
 
-def _gathered_arrays(model: ModelConfig) -> int:
-    """Matrices that each layer gathers for itself, and those outside the layers."""
-    return _layer_matrices(model) * model.num_layers + (1 if model.tied_embeddings else 2)
-
-
 def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
     return PhaseCost(
         phase=phase,
@@ -232,7 +229,12 @@ def _scoring(
     work = _embed(local * row_tokens, part, layout)
     work += _layer(model, part, layout, local, row_tokens).times(model.num_layers)
     work += _scored_head(local, row_tokens, part, layout, chunk_tokens)
-    return work + _compute_weights(model, layout, gathers=1)
+    tokens = local * row_tokens
+    work += as_work(
+        traffic.forward(model, layout, tokens)
+        + traffic.scored_head(model, layout, tokens, trains=False)
+    )
+    return work + _cast_weights(model, layout)
 
 
 def _layer(
@@ -249,11 +251,11 @@ def _layer(
         work += _cached_attention(part, layout, rows, cached)
     else:
         work += _packed_attention(part, layout, rows, tokens)
-    work += product(m, part.query, part.width, e) + all_reduce(e * m * part.width, layout.tensor)
+    work += product(m, part.query, part.width, e)
     work += passes(5 * m * part.width, e, 3)  # residual sum, RMSNorm
     work += product(m, part.width, halves * part.ffw, e)
     work += passes((halves + 1) * m * part.ffw, e)
-    work += product(m, part.ffw, part.width, e) + all_reduce(e * m * part.width, layout.tensor)
+    work += product(m, part.ffw, part.width, e)
     return work + passes(3 * m * part.width, e)  # residual sum
 
 
@@ -286,11 +288,8 @@ def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work
 
 
 def _embed(tokens: int, part: Shard, layout: Layout) -> Work:
-    """Rows of the embedding; where the vocabulary is split, the parts are summed."""
-    e = layout.compute_bytes
-    return passes(2 * tokens * part.width, e) + all_reduce(
-        e * tokens * part.width, part.vocab_shards
-    )
+    """Rows of the embedding."""
+    return passes(2 * tokens * part.width, layout.compute_bytes)
 
 
 def _head(tokens: int, part: Shard, layout: Layout) -> Work:
@@ -309,7 +308,6 @@ def _scored_head(
     chunks = ceil_div(row_tokens, max(1, chunk_tokens // rows))
     tokens = rows * ceil_div(row_tokens, chunks)
     once = _head(tokens, part, layout) + passes(3 * tokens * part.vocab, FLOAT32_BYTES, 4)
-    once += all_reduce(3 * FLOAT32_BYTES * tokens, part.vocab_shards)
     return once.times(chunks)
 
 
@@ -319,19 +317,14 @@ def _sample(rows: int, model: ModelConfig, part: Shard) -> Work:
     return passes(4 * rows * model.vocab_size, FLOAT32_BYTES, 8) + gathered
 
 
-def _compute_weights(model: ModelConfig, layout: Layout, gathers: int) -> Work:
-    """Cast of stored parameters to the compute type and gathering over fsdp, `gathers` times."""
-    cast = Work()
-    if layout.param_dtype != layout.compute_dtype:
-        both = layout.param_bytes + layout.compute_bytes
-        cast = passes(held_parameters(model, layout), both, num_arrays(model))
-    gathered = model.num_parameters / layout.tensor * layout.compute_bytes
-    return (cast + all_gather(gathered, layout.fsdp, _gathered_arrays(model))).times(gathers)
+def _cast_weights(model: ModelConfig, layout: Layout) -> Work:
+    """Stored parameters in the compute type, once."""
+    if layout.param_dtype == layout.compute_dtype:
+        return Work()
+    both = layout.param_bytes + layout.compute_bytes
+    return passes(held_parameters(model, layout), both, num_arrays(model))
 
 
-def _sum_gradients(model: ModelConfig, layout: Layout) -> Work:
-    """Float32 gradients summed over the row shards and into the accumulator, per micro-batch."""
-    whole, arrays = model.num_parameters / layout.tensor * FLOAT32_BYTES, _gathered_arrays(model)
-    work = reduce_scatter(whole, layout.fsdp, arrays)
-    work += all_reduce(whole / layout.fsdp, layout.data, arrays)
-    return work + passes(3 * held_parameters(model, layout), FLOAT32_BYTES, num_arrays(model))
+def _add_gradients(model: ModelConfig, layout: Layout) -> Work:
+    """One micro-batch's gradients added to the accumulated ones, in float32."""
+    return passes(3 * held_parameters(model, layout), FLOAT32_BYTES, num_arrays(model))

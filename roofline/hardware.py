@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from roofline.phases import Phase
 
@@ -67,6 +67,18 @@ class Hardware:
     """Fixed time of one kernel inside a program [s]."""
     link_latency_s: float = 0.0
     """Fixed time of one collective or copy between devices [s]."""
+    num_sms: int = 0
+    """Streaming multiprocessors: the units that tiles of a kernel are dealt to; 0: not a GPU, or
+    not known."""
+    l2_bytes: float = 0.0
+    """Cache shared by all multiprocessors [bytes]; 0: not known."""
+    topology: Literal["switch", "bridge", "pcie", "host"] = "host"
+    """How the devices of a node reach each other: all at full rate through NVLink switches, pairs
+    through an NVLink bridge and the rest over PCIe, PCIe only, or one host's memory."""
+    node_devices: int = 8
+    """Devices that link_bytes_per_s holds between."""
+    network_bytes_per_s: float = 0.0
+    """Egress of one device to other nodes, one direction [bytes/s]; 0: not known."""
     efficiency: Efficiency = field(default_factory=Efficiency)
     """Shares of the peaks for phases that `phase_efficiency` does not name."""
     phase_efficiency: Mapping[str, Efficiency] = field(default_factory=dict)

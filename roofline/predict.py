@@ -187,3 +187,9 @@ def _overlapped(busy_s: list[float], contention: float) -> float:
         total += (seconds - previous) * (1 + (running - 1) * (contention - 1))
         previous = seconds
     return total
+
+
+if __name__ == "__main__":
+    from roofline.what_if import main
+
+    main()

@@ -20,7 +20,6 @@ COLOURS: Mapping[Phase, str] = {
     Phase.PUBLISH: "#b5a03a",
     Phase.EVAL: "#b8578f",
     Phase.CHECKPOINT: "#8c7b6b",
-    Phase.COMPILE: "#5b6470",
     Phase.COMPILE: "#7a5c9e",
     Phase.WAIT_BATCH: "#9a9a9a",
     Phase.WAIT_LEARNER: "#9a9a9a",
@@ -29,32 +28,9 @@ COLOURS: Mapping[Phase, str] = {
 
 WIDTH = 880
 LEFT, RIGHT, TOP, BOTTOM = 92, 18, 16, 44
-TEXT_PX = 12
+TEXT_PX, LETTER_PX, MARK_PX = 12, 7, 7
+"""Height of a line of text, width of a letter, radius of a mark."""
 GRID = 'class="grid"'
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """One phase of the roofline chart."""
-
-    label: str
-    colour: str
-    intensity: float
-    """Flops per byte."""
-    predicted_flops_per_s: float
-    measured_flops_per_s: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bar:
-    """One span of the Gantt chart."""
-
-    lane: str
-    label: str
-    colour: str
-    start_s: float
-    end_s: float
-    idle: bool = False
 
 
 def si(value: float, unit: str = "") -> str:
@@ -68,159 +44,24 @@ def si(value: float, unit: str = "") -> str:
     return f"{value / 10 ** (3 * power):.3g} {prefix}{unit}".strip()
 
 
-def roofline(points: Sequence[Point], flops_per_s: float, bytes_per_s: float) -> str:
-    """Log-log: roofs as lines, each phase hollow where predicted and filled where measured."""
-    height = 420
-    ridge = flops_per_s / bytes_per_s
-    xs = [p.intensity for p in points] + [ridge]
-    ys = [y for p in points for y in (p.predicted_flops_per_s, p.measured_flops_per_s)]
-    x = _log_scale(min(xs) / 4, max(xs) * 4, LEFT, WIDTH - RIGHT)
-    y = _log_scale(min([*ys, flops_per_s]) / 2.5, flops_per_s * 2.5, height - BOTTOM, TOP)
-    body = _log_axes(x, y, height, "arithmetic intensity [flop/byte]", "[flop/s]")
-    low, high = min(xs) / 4, max(xs) * 4
-    roof = [(low, low * bytes_per_s), (ridge, flops_per_s), (high, flops_per_s)]
-    floor_y = y.low
-    if roof[0][1] < floor_y:
-        roof[0] = (floor_y / bytes_per_s, floor_y)
-    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in roof)
-    body.append(f'<polyline points="{path}" class="roof"/>')
-    body.append(_text(x(high) - 4, y(flops_per_s) - 6, f"peak {si(flops_per_s, 'flop/s')}", "end"))
-    slope = f"memory {si(bytes_per_s, 'B/s')}, ridge at {ridge:.3g} flop/byte"
-    body.append(_text(x(ridge) - 8, y(flops_per_s) - 6, slope, "end"))
-    for point in points:
-        at, colour = x(point.intensity), point.colour
-        up, down = y(point.predicted_flops_per_s), y(point.measured_flops_per_s)
-        predicted, measured = (
-            si(rate, "flop/s") for rate in (point.predicted_flops_per_s, point.measured_flops_per_s)
-        )
-        tip = (
-            f"{point.label}: {point.intensity:.3g} flop/byte, predicted {predicted}, "
-            f"measured {measured}"
-        )
-        joined = _line(at, up, at, down, f'stroke="{colour}"')
-        body.append(_titled(tip, joined, _ring(at, up, colour), _disc(at, down, colour)))
-    body += _spread_labels(
-        [(x(p.intensity) + 10, y(p.measured_flops_per_s) + 4, p.label) for p in points]
-    )
-    return _svg(height, body, "Roofline: predicted and measured rate of each phase")
-
-
-def dumbbells(rows: Sequence[tuple[str, str, float, float, float]]) -> str:
-    """Log time axis; per row (label, colour, lower, expected, measured) tick, ring and disc."""
-    height = TOP + BOTTOM + 26 * len(rows)
-    values = [value for row in rows for value in row[2:] if value > 0]
-    x = _log_scale(min(values) / 1.6, max(values) * 1.6, LEFT, WIDTH - RIGHT)
-    body = _log_ticks_x(x, height, "seconds per call")
-    for index, (label, colour, lower, expected, measured) in enumerate(rows):
-        y = TOP + 26 * index + 16
-        marks = {"bound": lower, "expected": expected, "measured": measured}
-        ends = [value for value in marks.values() if value > 0]
-        tip = f"{label}: " + ", ".join(f"{name} {si(v, 's')}" for name, v in marks.items() if v > 0)
-        parts = [_line(x(min(ends)), y, x(max(ends)), y, f'stroke="{colour}" opacity=".5"')]
-        if lower > 0:
-            thick = f'stroke="{colour}" stroke-width="2"'
-            parts.append(_line(x(lower), y - 7, x(lower), y + 7, thick))
-        if expected > 0:
-            parts.append(_ring(x(expected), y, colour))
-        parts.append(_disc(x(measured), y, colour))
-        body += [_text(LEFT - 8, y + 4, label, "end"), _titled(tip, *parts)]
-    return _svg(height, body, "Bound, expected and measured time of a call")
-
-
-def gantt(bars: Sequence[Bar], lanes: Sequence[str]) -> str:
-    """Time in seconds to the right, one row per lane."""
-    row, gap = 34, 10
-    height = TOP + BOTTOM + len(lanes) * (row + gap)
-    start, end = min(b.start_s for b in bars), max(b.end_s for b in bars)
-    width = WIDTH - LEFT - RIGHT
-
-    def x(time_s: float) -> float:
-        return LEFT + (time_s - start) / max(end - start, 1e-12) * width
-
-    body = []
-    for tick in _ticks(0.0, end - start):
-        at = x(start + tick)
-        body.append(_line(at, TOP, at, height - BOTTOM, GRID))
-        body.append(_text(at, height - BOTTOM + 18, f"{tick:g}", "middle"))
-    body.append(
-        _text(WIDTH - RIGHT, height - 8, f"seconds, from {start:.4g} s into the run", "end")
-    )
-    for lane in lanes:
-        body.append(
-            _text(LEFT - 8, TOP + lanes.index(lane) * (row + gap) + row / 2 + 4, lane, "end")
-        )
-    for bar in bars:
-        top = TOP + lanes.index(bar.lane) * (row + gap)
-        tip = f"{bar.label}: {si(bar.end_s - bar.start_s, 's')}"
-        size = max(0.5, x(bar.end_s) - x(bar.start_s))
-        look = 'fill="none" stroke-dasharray="3 3" stroke' if bar.idle else "fill"
-        body.append(
-            f'<rect x="{x(bar.start_s):.2f}" y="{top}" width="{size:.2f}" height="{row}" '
-            f'{look}="{bar.colour}"><title>{escape(tip)}</title></rect>'
-        )
-    return _svg(height, body, "What each lane did")
-
-
-def columns(values: Mapping[str, float], x_label: str, y_label: str) -> str:
-    """Upright bars with their values."""
-    height, largest = 240, max([*values.values(), 1e-12])
-    slot = (WIDTH - LEFT - RIGHT) / max(len(values), 1)
-    total = sum(values.values())
-    body = [
-        _text(LEFT - 8, TOP + 8, y_label, "end"),
-        _text(WIDTH - RIGHT, height - 6, x_label, "end"),
-    ]
-    for index, (name, value) in enumerate(values.items()):
-        size = value / largest * (height - TOP - BOTTOM - 16)
-        left, top = LEFT + index * slot, height - BOTTOM - size
-        wide = min(slot * 0.8, 90)
-        body.append(
-            f'<rect x="{left + (slot - wide) / 2:.1f}" y="{top:.1f}" width="{wide:.1f}" '
-            f'height="{size:.1f}" class="column"/>'
-        )
-        share = f"{value:g} ({value / total:.0%})" if total else "0"
-        body.append(_text(left + slot / 2, top - 5, share, "middle"))
-        body.append(_text(left + slot / 2, height - BOTTOM + 16, name, "middle"))
-    return _svg(height, body, f"{y_label} by {x_label}")
-
-
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> str:
-    """Lines over a common linear axis; the legend carries the last value."""
-    height = 260
-    points = [point for line in series.values() for point in line]
+    """Lines over a common linear axis; the legend above them carries the last value."""
+    height, top = 280, TOP + 20
+    points = [point for one in series.values() for point in one]
     xs, ys = [p[0] for p in points], [p[1] for p in points]
     low, high = min([*ys, 0.0]), max(ys)
     high = high if high > low else low + 1
-    x_low, x_high = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-
-    def x(value: float) -> float:
-        return LEFT + (value - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return height - BOTTOM - (value - low) / (high - low) * (height - TOP - BOTTOM)
-
-    body = []
-    for tick in _ticks(low, high):
-        body.append(_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), GRID))
-        body.append(_text(LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
-    for tick in _ticks(x_low, x_high):
-        body.append(_text(x(tick), height - BOTTOM + 16, f"{tick:g}", "middle"))
-    body.append(_text(WIDTH - RIGHT, height - 6, x_label, "end"))
+    x = linear_scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
+    y = linear_scale(low, high, height - BOTTOM, top)
+    body = linear_axes(x, y, height, x_label)
     palette = list(dict.fromkeys(COLOURS.values()))
-    for index, (name, line) in enumerate(series.items()):
+    room = (WIDTH - LEFT - RIGHT) / max(1, len(series))
+    for index, (name, one) in enumerate(series.items()):
         colour = palette[(index * 5 + 5) % len(palette)]
-        path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
-        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        body.append(
-            _text(
-                LEFT + 8,
-                TOP + 12 + 16 * index,
-                f"{name}: {line[-1][1]:.3g} at the end",
-                "start",
-                colour,
-            )
-        )
-    return _svg(height, body, ", ".join(series))
+        body.append(polyline([(x(a), y(b)) for a, b in one], f'stroke="{colour}"'))
+        last = f"{name}: {one[-1][1]:.3g} at the end"
+        body.append(text(LEFT + room * index, TOP + 4, last, "start", colour))
+    return drawing(height, body, ", ".join(series))
 
 
 def legend(phases: Sequence[Phase]) -> str:
@@ -231,59 +72,98 @@ def legend(phases: Sequence[Phase]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scale:
+class Scale:
+    """Values of an axis to pixels; outside [low, high] the nearest end."""
+
     low: float
     high: float
     place: Callable[[float], float]
 
     def __call__(self, value: float) -> float:
+        """Where `value` lies [px]."""
         return self.place(min(max(value, self.low), self.high))
 
 
-def _log_scale(low: float, high: float, start: float, end: float) -> _Scale:
+def linear_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """[low, high] to the pixels [start, end]."""
+    span = high - low if high > low else 1.0
+    return Scale(low, low + span, lambda value: start + (value - low) / span * (end - start))
+
+
+def log_scale(low: float, high: float, start: float, end: float) -> Scale:
+    """[low, high], both above 0, to the pixels [start, end]."""
     span = math.log(high / low)
-    return _Scale(low, high, lambda value: start + math.log(value / low) / span * (end - start))
+    return Scale(low, high, lambda value: start + math.log(value / low) / span * (end - start))
 
 
-def _powers(low: float, high: float) -> list[float]:
-    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    step = max(1, math.ceil((last - first + 1) / 10))
-    return [10.0**power for power in range(first, last + 1, step)]
+def powers(low: float, high: float) -> list[float]:
+    """At most ten powers of ten in [low, high]; where there are fewer than three, also their 2 and
+    5 fold."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    step = max(1, math.ceil((last - first) / 10))
+    tens = [10.0**power for power in range(first, last + 1, step)]
+    if sum(low <= value <= high for value in tens) < 3:
+        tens = [value * factor for value in tens for factor in (1, 2, 5)]
+    return [value for value in tens if low <= value <= high]
 
 
-def _log_ticks_x(x: _Scale, height: float, label: str) -> list[str]:
+def linear_axes(
+    x: Scale, y: Scale, height: float, x_label: str, tick: Callable[[float], str] = "{:g}".format
+) -> list[str]:
+    """Grid, ticks and the label of the abscissa, whose values `tick` writes."""
     body = []
-    for value in _powers(x.low, x.high):
+    for value in ticks(y.low, y.high):
+        body.append(line(LEFT, y(value), WIDTH - RIGHT, y(value), GRID))
+        body.append(text(LEFT - 8, y(value) + 4, f"{value:g}", "end"))
+    for value in ticks(x.low, x.high):
+        body.append(text(x(value), height - BOTTOM + 18, tick(value), "middle"))
+    body.append(text(WIDTH - RIGHT, height - 6, x_label, "end"))
+    return body
+
+
+def log_ticks_x(x: Scale, height: float, label: str, unit: str = "") -> list[str]:
+    """Vertical grid at powers of ten, and the label below."""
+    body = []
+    for value in powers(x.low, x.high):
         at = x(value)
-        body.append(_line(at, TOP, at, height - BOTTOM, GRID))
-        body.append(_text(at, height - BOTTOM + 18, si(value), "middle"))
-    body.append(_text(WIDTH - RIGHT, height - 8, label, "end"))
+        body.append(line(at, TOP, at, height - BOTTOM, GRID))
+        body.append(text(at, height - BOTTOM + 18, si(value, unit), "middle"))
+    body.append(text(WIDTH - RIGHT, height - 8, label, "end"))
     return body
 
 
-def _log_axes(x: _Scale, y: _Scale, height: float, x_label: str, y_label: str) -> list[str]:
-    body = _log_ticks_x(x, height, x_label)
-    for value in _powers(y.low, y.high):
-        at = y(value)
-        body.append(_line(LEFT, at, WIDTH - RIGHT, at, GRID))
-        body.append(_text(LEFT - 8, at + 4, si(value), "end"))
-    body.append(_text(LEFT - 8, TOP + 4, y_label, "end"))
-    return body
-
-
-def _spread_labels(labels: Sequence[tuple[float, float, str]]) -> list[str]:
-    """Labels moved down until none covers another."""
-    placed: list[tuple[float, float]] = []
+def labels(
+    wanted: Sequence[tuple[float, float, str]], marks: Sequence[tuple[float, float]]
+) -> list[str]:
+    """Words beside their points (x, y, words): the nearest place that covers no mark and no other
+    words, with a line to the point where that is not beside it."""
+    taken = [(x - MARK_PX, x + MARK_PX, y - MARK_PX, y + MARK_PX) for x, y in marks]
     body = []
-    for x, y, text in sorted(labels, key=lambda item: (item[1], item[0])):
-        while any(abs(x - a) < 90 and abs(y - b) < TEXT_PX + 2 for a, b in placed):
-            y += TEXT_PX + 2
-        placed.append((x, y))
-        body.append(_text(x, y, text, "start"))
+    for x, y, words in wanted:
+        wide = LETTER_PX * len(words)
+        places = [
+            (x + right if right > 0 else x + right - wide, y + down)
+            for down in (4, 18, -10, 34, -26, 50, -42, 66, -58)
+            for right in (10, -10, 26, -26)
+        ]
+        left, base = next(
+            (place for place in places if not any(_cover(box, *place, wide) for box in taken)),
+            places[0],
+        )
+        taken.append((left, left + wide, base - TEXT_PX, base + 2))
+        near = left if left > x else left + wide
+        if abs(base - 4 - y) > TEXT_PX:
+            body.append(line(x, y, near, base - 4, GRID))
+        body.append(text(left, base, words, "start"))
     return body
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _cover(box: tuple[float, float, float, float], left: float, base: float, wide: float) -> bool:
+    low, high, top, bottom = box
+    return left < high and low < left + wide and base - TEXT_PX < bottom and top < base + 2
+
+
+def ticks(low: float, high: float) -> list[float]:
     """Five to ten round values in [low, high]."""
     rough = (high - low) / 6
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
@@ -294,30 +174,47 @@ def _ticks(low: float, high: float) -> list[float]:
     ]
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, look: str) -> str:
+def line(x1: float, y1: float, x2: float, y2: float, look: str) -> str:
+    """A straight line; `look` holds further attributes."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {look}/>'
 
 
-def _ring(x: float, y: float, colour: str) -> str:
+def polyline(points: Sequence[tuple[float, float]], look: str) -> str:
+    """A line through pixels; `look` holds its stroke or class."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline points="{path}" fill="none" stroke-width="2" {look}/>'
+
+
+def box(x: float, y: float, width: float, height: float, look: str) -> str:
+    """A rectangle; `look` holds its fill, stroke or class."""
+    return f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" {look}/>'
+
+
+def ring(x: float, y: float, colour: str) -> str:
+    """A prediction."""
     return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{colour}" stroke-width="2"/>'
     )
 
 
-def _disc(x: float, y: float, colour: str) -> str:
+def disc(x: float, y: float, colour: str) -> str:
+    """A measurement."""
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
 
 
-def _titled(title: str, *parts: str) -> str:
+def titled(title: str, *parts: str) -> str:
+    """Parts that show `title` under the pointer."""
     return f"<g><title>{escape(title)}</title>{''.join(parts)}</g>"
 
 
-def _text(x: float, y: float, text: str, anchor: str, colour: str = "") -> str:
+def text(x: float, y: float, words: str, anchor: str, colour: str = "") -> str:
+    """Words with their start, middle or end at x; without a colour that of the page."""
     paint = f' style="fill:{colour}"' if colour else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{paint}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{paint}>{escape(words)}</text>'
 
 
-def _svg(height: float, body: Sequence[str], title: str) -> str:
+def drawing(height: float, body: Sequence[str], title: str) -> str:
+    """One chart; `title` is what a screen reader says."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(title)}" '
         f'xmlns="http://www.w3.org/2000/svg">{"".join(body)}</svg>'

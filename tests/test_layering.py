@@ -38,8 +38,9 @@ def _imported(path: Path) -> Iterator[tuple[int, str]]:
             for alias in node.names:
                 yield node.lineno, alias.name.partition(".")[0]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{_name(path)}:{node.lineno} imports relatively"
-            yield node.lineno, (node.module or "").partition(".")[0]
+            package = path.relative_to(ROOT).parts[0]  # of a relative import: its own
+            name = package if node.level else (node.module or "").partition(".")[0]
+            yield node.lineno, name
 
 
 def _module(path: Path) -> str:

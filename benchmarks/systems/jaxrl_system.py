@@ -25,7 +25,7 @@ from jaxrl.types import Completion, Problem, Prompt, Reward, Rollout, RolloutGro
 from models.hf import load_policy, read_config
 from models.sharding import make_mesh, policy_shardings
 
-CHUNK_STEPS = 16
+CHUNK_STEPS, REFILL_COST_STEPS = 64, 0.5
 PEAK_SIZE, PEAK_REPEATS = 2048, 3
 
 
@@ -39,7 +39,7 @@ class System:
         self.config = Config(
             train=TrainConfig(
                 learning_rate=1e-4, warmup_steps=0, row_tokens=workload.prompt_tokens + workload.new_tokens,
-                rows_per_microbatch=workload.microbatch,
+                rows_per_microbatch=workload.jaxrl_microbatch,
             ),
             rollout=RolloutConfig(
                 max_prompt_tokens=workload.prompt_tokens, max_new_tokens=workload.new_tokens
@@ -67,7 +67,7 @@ class System:
         sequences, _ = groups_to_sequences(groups, self.config.grpo, work.new_tokens)
         batches, stats = pack(
             sequences, row_tokens=self.config.train.row_tokens,
-            rows_per_microbatch=work.microbatch,
+            rows_per_microbatch=work.jaxrl_microbatch,
         )  # fmt: skip
         self.learner.update(batches)
         jax.block_until_ready(self.learner.state)
@@ -119,8 +119,8 @@ class System:
     def _engine(self, slots: int, new_tokens: int) -> RolloutEngine:
         return RolloutEngine(
             self.model, self.mesh, num_slots=slots, max_prompt_tokens=self.workload.prompt_tokens,
-            max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, num_stop_ids=1, dtype=jnp.float32,
-            seed=0, observer=Observer(),
+            max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, refill_cost_steps=REFILL_COST_STEPS,
+            num_stop_ids=1, dtype=jnp.float32, seed=0, observer=Observer(),
         )  # fmt: skip
 
     def _policy(self):

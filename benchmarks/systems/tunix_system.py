@@ -132,8 +132,8 @@ class System:
     def update(self, train_data: Any, *args: Any, **kwargs: Any) -> None:
         """One micro-batch; the last one takes the optimizer step."""
         for example in train_data if isinstance(train_data, list) else [train_data]:
-            tokens = int(example.prompt_mask.sum() + example.completion_mask.sum())
-            self.answer["train_tokens"] += tokens
+            # by shape: its masks leave out a sampled token that happens to be the pad
+            self.answer["train_tokens"] += example.prompt_ids.size + example.completion_ids.size
         began = time.perf_counter()
         self._update(train_data, *args, **kwargs)
         jax.block_until_ready(nnx.state(self.cluster.actor_trainer.model))

@@ -1,5 +1,6 @@
 """Policy optimisation as plain functions: arrays and numbers in, arrays and numbers out.
 
-advantages and aggregation run on the host (numpy) over the whole optimizer batch; ratios, kl,
-correction and loss run on the device (jax) over one micro-batch of packed rows.
+config says what there is to choose. advantages, aggregation, rewards and shaping run on the host (numpy)
+over the whole optimizer batch; ratios, kl, correction, segments, loss and preference run on the device
+(jax) over one micro-batch of packed rows.
 """

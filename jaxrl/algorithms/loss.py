@@ -9,73 +9,41 @@ R rows, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import assert_never
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxrl.algorithms.config import GrpoConfig
 from jaxrl.algorithms.correction import (
-    effective_sample_fraction,
-    importance_weights,
+    log_weights,
     masked_weights,
+    off_policy_keep,
+    sequence_keep,
     truncated_weights,
 )
-from jaxrl.algorithms.kl import k3, kl_estimate
-from jaxrl.algorithms.ratios import TokenLoss, cispo, gspo, ppo_clip, reinforce
+from jaxrl.algorithms.kl import k3, kl_estimate, kl_term
+from jaxrl.algorithms.loss_metrics import (
+    LossMetrics,
+    covariance_curves,
+    importance_curves,
+    keep,
+    mismatch_curves,
+    ratio_curves,
+    reduce_curves,
+)
+from jaxrl.algorithms.ratios import (
+    TokenLoss,
+    cispo,
+    dppo,
+    gspo,
+    policy_ratio,
+    ppo_clip,
+    reinforce,
+    sapo,
+)
 from jaxrl.batch import Batch
-from jaxrl.config import GrpoConfig
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossMetrics:
-    """What `finish_metrics` needs, mergeable over micro-batches. float32 scalars by curve name."""
-
-    num_loss_tokens: jax.Array
-    """Loss tokens seen: the denominator of `sums`."""
-    weighted: dict[str, jax.Array]
-    """Sums of token_weights * value: parts of the loss, aggregated as the loss is."""
-    sums: dict[str, jax.Array]
-    """Sums over loss tokens."""
-    maxima: dict[str, jax.Array]
-    """Maxima over loss tokens of values >= 0; 0 without loss tokens."""
-
-
-def zero_metrics(like: LossMetrics) -> LossMetrics:
-    """The neutral element of `merge_metrics`; `like` may hold arrays or jax.ShapeDtypeStruct."""
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-
-
-def merge_metrics(a: LossMetrics, b: LossMetrics) -> LossMetrics:
-    """Metrics of two micro-batches of one optimizer batch together."""
-    return LossMetrics(
-        num_loss_tokens=a.num_loss_tokens + b.num_loss_tokens,
-        weighted=jax.tree.map(jnp.add, a.weighted, b.weighted),
-        sums=jax.tree.map(jnp.add, a.sums, b.sums),
-        maxima=jax.tree.map(jnp.maximum, a.maxima, b.maxima),
-    )
-
-
-def finish_metrics(metrics: LossMetrics) -> dict[str, float]:
-    """Curves of one optimizer step from the merged metrics of its micro-batches; waits for them.
-
-    `sums` are divided by the number of loss tokens; rl/ess is the effective sample fraction of the
-    ratio policy / sampler, in (0, 1]. Without loss tokens every value is 0.
-    """
-    host = jax.device_get(metrics)
-    tokens = float(host.num_loss_tokens)
-    sums = {name: float(value) for name, value in host.sums.items()}
-    squares = sums.pop("rl/importance_square")
-    ess = effective_sample_fraction(sums["rl/importance_mean"], squares, tokens)
-    return {
-        **{name: float(value) for name, value in host.weighted.items()},
-        **{name: value / max(tokens, 1.0) for name, value in sums.items()},
-        **{name: float(value) for name, value in host.maxima.items()},
-        "rl/ess": ess,
-        "batch/loss_tokens": tokens,
-    }
 
 
 def policy_loss(
@@ -98,34 +66,41 @@ def policy_loss(
         batch: packed rows.
         learner_logprobs: [R, T] float32, of the policy at the start of the optimizer batch; None
             if this is the first step on the batch, where they equal logprobs.
-        reference_logprobs: [R, T] float32, of the frozen reference; needed if kl_weight is not 0.
+        reference_logprobs: [R, T] float32, of the reference; needed if the loss has a KL term.
         settings: the four choices.
 
     Returns:
         (scalar loss, metrics), to be added and merged over the optimizer batch's micro-batches.
 
     Raises:
-        ValueError: kl_weight is set and reference_logprobs is None.
+        ValueError: kl_weight is set with kl_in=loss and reference_logprobs is None.
     """
-    if settings.kl_weight != 0 and reference_logprobs is None:
+    in_loss = settings.kl_weight != 0 and settings.kl_in == "loss"
+    if in_loss and reference_logprobs is None:
         raise ValueError(f"kl_weight={settings.kl_weight} needs reference_logprobs; got None")
     mask = batch.loss_mask
-    logprobs, entropy = _keep(logprobs, mask), _keep(entropy, mask)
+    logprobs, entropy = keep(logprobs, mask), keep(entropy, mask)
     sampler = _constant(batch.sampler_logprobs, mask)
     learner = _constant(logprobs if learner_logprobs is None else learner_logprobs, mask)
     reference = None if reference_logprobs is None else _constant(reference_logprobs, mask)
     old = sampler if settings.ratio_from == "sampler" else learner
+    advantages = _shaped(batch, entropy, settings)
 
-    token_loss = _ratio_loss(logprobs, old, batch, settings)
-    correction, curves = _correction(learner, sampler, settings)
+    token_loss = _ratio_loss(logprobs, old, advantages, batch, settings)
+    correction, curves = _correction(learner, sampler, batch, settings)
+    kept, masked = _sequence_mask(logprobs, learner, sampler, advantages, batch, settings)
     losses = correction * token_loss.losses
-    loss, parts = _aggregate(losses, logprobs, entropy, reference, batch, settings)
-    curves |= _ratio_curves(logprobs, old, token_loss) | {"actor/entropy": entropy}
-    curves |= _mismatch_curves(learner, sampler) | _importance_curves(logprobs, sampler)
+    if kept is not None:
+        losses = keep(losses, kept)
+    loss, parts = _aggregate(losses, logprobs, old, entropy, reference, batch, settings)
+    curves |= masked
+    curves |= ratio_curves(logprobs, old, token_loss) | {"actor/entropy": entropy}
+    curves |= mismatch_curves(learner, sampler) | importance_curves(logprobs, sampler)
+    curves |= covariance_curves(logprobs, advantages)
     if reference is not None:
         curves["reference/kl_mean"] = k3(logprobs, reference)
         curves["reference/logprob_mean"] = reference
-    return loss, lax.stop_gradient(_reduce(parts, curves, mask))
+    return loss, lax.stop_gradient(reduce_curves(parts, curves, mask))
 
 
 def sft_loss(logprobs: jax.Array, batch: Batch) -> jax.Array:
@@ -138,46 +113,103 @@ def sft_loss(logprobs: jax.Array, batch: Batch) -> jax.Array:
     Returns:
         scalar.
     """
-    return -jnp.sum(lax.stop_gradient(batch.token_weights) * _keep(logprobs, batch.loss_mask))
+    return -jnp.sum(lax.stop_gradient(batch.token_weights) * keep(logprobs, batch.loss_mask))
 
 
-def _keep(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Values of loss tokens, 0 elsewhere, so that nothing (not even a NaN) leaks from padding."""
-    return jnp.where(mask, values, jnp.zeros((), values.dtype))
+def value_loss(values: jax.Array, batch: Batch, *, clip: float) -> tuple[jax.Array, jax.Array]:
+    """This micro-batch's part of sum(token_weights * 0.5 max((V - R)^2, (V' - R)^2)).
+
+    V' is V kept within +-clip of the values at the start of the batch (PPO as implemented,
+    arXiv:2005.12729; verl). Aggregated as the policy loss is.
+
+    Args:
+        values: [R, T] float32 of the critic being trained; position t holds the value before the
+            target of t is sampled.
+        batch: packed rows with `values` and `returns`.
+        clip: 0 leaves the values unbounded.
+
+    Returns:
+        (scalar loss, share of loss tokens whose bounded value was in force summed over tokens).
+    """
+    mask = batch.loss_mask
+    values, returns = keep(values, mask), _constant(batch.returns, mask)
+    start = _constant(batch.values, mask)
+    errors = jnp.square(values - returns)
+    bounded = jnp.square(start + jnp.clip(values - start, -clip, clip) - returns)
+    in_force = mask & (bounded > errors) if clip > 0 else jnp.zeros(mask.shape, bool)
+    loss = 0.5 * jnp.sum(
+        lax.stop_gradient(batch.token_weights) * jnp.where(in_force, bounded, errors)
+    )
+    return loss, jnp.sum(in_force, dtype=jnp.float32)
+
+
+def shaped_advantages(
+    advantages: jax.Array, entropy: jax.Array, *, alpha: float, kappa: float
+) -> jax.Array:
+    """A + min(alpha H, |A| / kappa), without gradient (arXiv:2506.14758 eq. 5).
+
+    With kappa > 1 no advantage changes its sign. Any shape.
+    """
+    bonus = jnp.minimum(alpha * entropy, jnp.abs(advantages) / kappa)
+    return lax.stop_gradient(advantages + bonus)
 
 
 def _constant(values: jax.Array, mask: jax.Array) -> jax.Array:
-    return lax.stop_gradient(_keep(values, mask))
+    return lax.stop_gradient(keep(values, mask))
+
+
+def _shaped(batch: Batch, entropy: jax.Array, settings: GrpoConfig) -> jax.Array:
+    """Advantages [R, T]; the entropy that shapes them is that at the start of the batch."""
+    if settings.entropy_shaping == 0:
+        return lax.stop_gradient(batch.advantages)
+    if batch.learner_entropy is not None:
+        entropy = keep(batch.learner_entropy, batch.loss_mask)
+    return shaped_advantages(
+        batch.advantages, entropy,
+        alpha=settings.entropy_shaping, kappa=settings.entropy_shaping_bound,
+    )  # fmt: skip
 
 
 def _ratio_loss(
-    logprobs: jax.Array, old: jax.Array, batch: Batch, settings: GrpoConfig
+    logprobs: jax.Array, old: jax.Array, advantages: jax.Array, batch: Batch, settings: GrpoConfig
 ) -> TokenLoss:
-    advantages = lax.stop_gradient(batch.advantages)
-    low, high, dual = settings.clip_low, settings.clip_high, settings.dual_clip
+    low, high = settings.relative_bounds
+    tokens = (logprobs, old, advantages)
     if settings.ratio == "ppo":
-        return ppo_clip(logprobs, old, advantages, clip_low=low, clip_high=high, dual_clip=dual)
+        return ppo_clip(*tokens, clip_low=low, clip_high=high, dual_clip=settings.dual_clip)
     if settings.ratio == "cispo":
-        return cispo(logprobs, old, advantages, clip_low=low, clip_high=high)
+        return cispo(*tokens, clip_low=low, clip_high=high)
     if settings.ratio == "reinforce":
-        return reinforce(logprobs, old, advantages)
-    if settings.ratio == "gspo":
-        segments, mask = batch.segment_ids, batch.loss_mask
-        return gspo(logprobs, old, advantages, segments, mask, clip_low=low, clip_high=high)
+        return reinforce(*tokens)
+    if settings.ratio == "gspo" or settings.ratio == "gspo_token":
+        return gspo(
+            *tokens, batch.segment_ids, batch.loss_mask, clip_low=low, clip_high=high,
+            per_token=settings.ratio == "gspo_token",
+        )  # fmt: skip
+    if settings.ratio == "sapo":
+        return sapo(
+            *tokens, tau_positive=settings.sapo_tau_positive,
+            tau_negative=settings.sapo_tau_negative,
+        )  # fmt: skip
+    if settings.ratio == "dppo":
+        return dppo(*tokens, delta=settings.dppo_delta)
     assert_never(settings.ratio)
 
 
 def _correction(
-    learner: jax.Array, sampler: jax.Array, settings: GrpoConfig
+    learner: jax.Array, sampler: jax.Array, batch: Batch, settings: GrpoConfig
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weight of each token [R, T], and its curves."""
-    cap = settings.correction_cap
+    cap, floor = settings.correction_cap, settings.correction_floor
     if settings.correction == "none":
         return jnp.ones_like(learner), {}
+    ratios = log_weights(
+        learner, sampler, batch.segment_ids, batch.loss_mask, level=settings.correction_level
+    )
     if settings.correction == "truncated":
-        weights, outside = truncated_weights(learner, sampler, cap=cap)
+        weights, outside = truncated_weights(ratios, cap=cap, floor=floor)
     elif settings.correction == "masked":
-        weights, outside = masked_weights(learner, sampler, low=1.0 / cap, high=cap)
+        weights, outside = masked_weights(ratios, low=floor or 1.0 / cap, high=cap)
     else:
         assert_never(settings.correction)
     return weights, {
@@ -186,81 +218,47 @@ def _correction(
     }
 
 
+def _sequence_mask(
+    logprobs: jax.Array, learner: jax.Array, sampler: jax.Array, advantages: jax.Array,
+    batch: Batch, settings: GrpoConfig,
+) -> tuple[jax.Array | None, dict[str, jax.Array]]:  # fmt: skip
+    """Tokens [R, T] of sequences with a policy gradient (None: all), and the curve of the others."""
+    kind, where = settings.sequence_mask, (batch.segment_ids, batch.loss_mask)
+    if kind == "none":
+        return None, {}
+    if kind == "off_policy":
+        kept = off_policy_keep(
+            logprobs, sampler, advantages, *where, bound=settings.off_policy_bound
+        )
+    else:
+        kept = sequence_keep(
+            learner, sampler, *where, kind=kind, low=settings.mask_low, high=settings.mask_high
+        )
+    return kept, {"tis/frac_masked": (~kept).astype(jnp.float32)}
+
+
 def _aggregate(
-    losses: jax.Array,
-    logprobs: jax.Array,
-    entropy: jax.Array,
-    reference: jax.Array | None,
-    batch: Batch,
-    settings: GrpoConfig,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    losses: jax.Array, logprobs: jax.Array, old: jax.Array, entropy: jax.Array,
+    reference: jax.Array | None, batch: Batch, settings: GrpoConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """The loss and its parts, all scalars."""
     weights = lax.stop_gradient(batch.token_weights)
     loss = jnp.sum(weights * losses)
     parts = {"actor/pg_loss": loss}
     if reference is not None:
-        kl = kl_estimate(logprobs, reference, settings.kl_estimator)
-        parts["actor/kl_loss"] = jnp.sum(weights * kl)
-        if settings.kl_weight != 0:
+        parts["actor/kl_loss"] = jnp.sum(weights * _kl(logprobs, old, reference, settings))
+        if settings.kl_weight != 0 and settings.kl_in == "loss":
             loss = loss + settings.kl_weight * parts["actor/kl_loss"]
     if settings.entropy_weight != 0:
         loss = loss - settings.entropy_weight * jnp.sum(weights * entropy)
     return loss, parts | {"actor/loss": loss}
 
 
-def _ratio_curves(
-    logprobs: jax.Array, old: jax.Array, token_loss: TokenLoss
-) -> dict[str, jax.Array]:
-    """Values to average over loss tokens, by curve name. All [R, T].
-
-    pg_clipfrac counts tokens at a clip bound (PPO, GSPO: no policy gradient; CISPO: a clipped
-    weight), pg_clipfrac_lower those at the dual bound; both names as in verl.
-    """
-    low, high, dual = token_loss.clipped_low, token_loss.clipped_high, token_loss.clipped_dual
-    return {
-        "actor/logprob_mean": logprobs,
-        "actor/ppo_kl": old - logprobs,
-        "actor/ratio_mean": token_loss.ratio,
-        "actor/pg_clipfrac": (low | high).astype(jnp.float32),
-        "actor/pg_clipfrac_low": low.astype(jnp.float32),
-        "actor/pg_clipfrac_high": high.astype(jnp.float32),
-        "actor/pg_clipfrac_lower": dual.astype(jnp.float32),
-    }
-
-
-def _mismatch_curves(learner: jax.Array, sampler: jax.Array) -> dict[str, jax.Array]:
-    """Learner against sampler on the tokens that the sampler drew. All [R, T].
-
-    kl_mean (k1, may be negative) and k3_mean (never negative) both estimate KL(sampler || learner).
-    """
-    return {
-        "mismatch/kl_mean": sampler - learner,
-        "mismatch/k3_mean": k3(sampler, learner),
-        "mismatch/logp_abs_diff_mean": jnp.abs(learner - sampler),
-        "mismatch/prob_abs_diff_mean": jnp.abs(jnp.exp(learner) - jnp.exp(sampler)),
-    }
-
-
-def _importance_curves(logprobs: jax.Array, sampler: jax.Array) -> dict[str, jax.Array]:
-    """Ratio policy / sampler and its square, from which the effective sample fraction follows."""
-    weights = importance_weights(logprobs, sampler)
-    return {"rl/importance_mean": weights, "rl/importance_square": jnp.square(weights)}
-
-
-_MAXIMA = {
-    "actor/ratio_mean": "actor/ratio_max",
-    "mismatch/logp_abs_diff_mean": "mismatch/logp_abs_diff_max",
-    "rl/importance_mean": "rl/importance_max",
-}
-"""Curves >= 0 whose maximum is kept as well, and that one's name."""
-
-
-def _reduce(
-    parts: dict[str, jax.Array], curves: dict[str, jax.Array], mask: jax.Array
-) -> LossMetrics:
-    return LossMetrics(
-        num_loss_tokens=jnp.sum(mask, dtype=jnp.float32),
-        weighted=parts,
-        sums={name: jnp.sum(_keep(value, mask)) for name, value in curves.items()},
-        maxima={new: jnp.max(_keep(curves[name], mask)) for name, new in _MAXIMA.items()},
-    )
+def _kl(
+    logprobs: jax.Array, old: jax.Array, reference: jax.Array, settings: GrpoConfig
+) -> jax.Array:
+    """KL to the reference of each token [R, T]."""
+    if not settings.kl_importance and settings.kl_bound == 0:
+        return kl_estimate(logprobs, reference, settings.kl_estimator)
+    ratio = policy_ratio(logprobs, old) if settings.kl_importance else None
+    return kl_term(logprobs, reference, settings.kl_estimator, ratio=ratio, bound=settings.kl_bound)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl.algorithms.kl import MAX_LOG_RATIO
+from jaxrl.algorithms.segments import segment_mean
 
 MAX_SEQUENCE_LOG_RATIO = 10.0
 """Clamp of GSPO's mean log-ratio per token, as in verl; far outside its clip range of 1e-3."""
@@ -72,7 +73,8 @@ def ppo_clip(
 ) -> TokenLoss:
     """PPO's clipped surrogate, with separate bounds and a dual bound.
 
-    arXiv:1707.06347 eq. 7; separate bounds arXiv:2503.14476 eq. 8; dual bound arXiv:1912.09729.
+    arXiv:1707.06347 eq. 7; separate bounds arXiv:2503.14476 eq. 8; dual bound arXiv:1912.09729,
+    which for dual_clip > 1 + clip_high is INTELLECT-2's two-sided clip (arXiv:2505.07291).
     No gradient where A > 0 and ratio > 1 + clip_high, A < 0 and ratio < 1 - clip_low, or A < 0 and
     ratio > dual_clip (0: off). At ratio 1 it is -A and its gradient is that of -A logprobs.
 
@@ -99,7 +101,8 @@ def cispo(
     """-stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logprobs.
 
     MiniMax-M1 arXiv:2506.13585 section 3.1. Every token keeps a gradient. An absolute cap c, as in
-    ScaleRL, is clip_high = c - 1 with clip_low = 1. Arguments as in ppo_clip.
+    ScaleRL and TRL, is clip_high = c - 1 with clip_low = 1; that is also PipelineRL's importance-
+    weighted REINFORCE (arXiv:2509.19128 eq. 5). Arguments as in ppo_clip.
     """
     ratio = lax.stop_gradient(policy_ratio(logprobs, old_logprobs))
     weights = jnp.clip(ratio, 1.0 - clip_low, 1.0 + clip_high)
@@ -114,38 +117,58 @@ def cispo(
 
 def reinforce(logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array) -> TokenLoss:
     """-A logprobs: no ratio in the loss, only in the curves. Arguments as in ppo_clip."""
-    never = jnp.zeros(logprobs.shape, bool)
+    return _unclipped(-advantages * logprobs, policy_ratio(logprobs, old_logprobs))
+
+
+def sapo(
+    logprobs: jax.Array,
+    old_logprobs: jax.Array,
+    advantages: jax.Array,
+    *,
+    tau_positive: float,
+    tau_negative: float,
+) -> TokenLoss:
+    """-A sigmoid(tau (ratio - 1)) 4 / tau: a soft gate in place of clipping.
+
+    SAPO arXiv:2511.20347; slope 1 in the ratio at 1, falling to 0 on both sides, faster for
+    negative advantages (tau_negative > tau_positive). Further arguments as in ppo_clip.
+    """
+    ratio = policy_ratio(logprobs, old_logprobs)
+    tau = jnp.where(advantages > 0, tau_positive, tau_negative).astype(ratio.dtype)
+    return _unclipped(-advantages * jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau, ratio)
+
+
+def dppo(
+    logprobs: jax.Array, old_logprobs: jax.Array, advantages: jax.Array, *, delta: float
+) -> TokenLoss:
+    """-A ratio, 0 for tokens whose probability already moved by more than delta in A's direction.
+
+    DPPO (binary total variation, as in SkyRL and prime-rl): the trust region bounds
+    |policy - old| of the token instead of their ratio, so that rare tokens may move by large
+    factors. Further arguments as in ppo_clip.
+    """
+    ratio = policy_ratio(logprobs, old_logprobs)
+    moved = lax.stop_gradient(jnp.exp(logprobs) - jnp.exp(old_logprobs))
+    clipped_high = (advantages > 0) & (moved > delta)
+    clipped_low = (advantages < 0) & (moved < -delta)
     return TokenLoss(
-        losses=-advantages * logprobs,
-        ratio=lax.stop_gradient(policy_ratio(logprobs, old_logprobs)),
+        losses=jnp.where(clipped_low | clipped_high, 0.0, -advantages * ratio),
+        ratio=lax.stop_gradient(ratio),
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
+        clipped_dual=jnp.zeros(ratio.shape, bool),
+    )
+
+
+def _unclipped(losses: jax.Array, ratio: jax.Array) -> TokenLoss:
+    never = jnp.zeros(losses.shape, bool)
+    return TokenLoss(
+        losses=losses,
+        ratio=lax.stop_gradient(ratio),
         clipped_low=never,
         clipped_high=never,
         clipped_dual=never,
     )
-
-
-def segment_mean(
-    values: jax.Array, segment_ids: jax.Array, mask: jax.Array, max_segments: int
-) -> jax.Array:
-    """Mean over each packed sequence's masked-in tokens, at every token of that sequence.
-
-    Args:
-        values: [R, T] float32.
-        segment_ids: [R, T] int32, 0 padding, 1.. per sequence within its row.
-        mask: [R, T] bool, tokens that count.
-        max_segments: upper bound of segment_ids; T always suffices.
-
-    Returns:
-        [R, T]; 0 for a sequence without a masked-in token.
-    """
-
-    def row_sums(row: jax.Array, ids: jax.Array) -> jax.Array:
-        return jax.ops.segment_sum(row, ids, num_segments=max_segments + 1)
-
-    totals = jax.vmap(row_sums)(jnp.where(mask, values, 0.0), segment_ids)
-    counts = jax.vmap(row_sums)(mask.astype(values.dtype), segment_ids)
-    means = totals / jnp.maximum(counts, 1.0)
-    return jnp.take_along_axis(means, segment_ids, axis=1)
 
 
 def gspo(
@@ -158,16 +181,20 @@ def gspo(
     clip_low: float,
     clip_high: float,
     max_segments: int | None = None,
+    per_token: bool = False,
 ) -> TokenLoss:
     """Clipped surrogate of the sequence ratio exp(mean over tokens of the log-ratio).
 
-    GSPO arXiv:2507.18071 section 4.1, written per token (GSPO-token, section 4.3): the value of the
-    ratio is the sequence's, the gradient flows through the token's own log-probability; summed over
-    a sequence with equal advantages both are the same. Meant for sequence_mean aggregation. The
+    GSPO arXiv:2507.18071 section 4.1, written per token: the value of the ratio is the sequence's, the
+    gradient flows through the token's own log-probability, and the advantage is the mean over the
+    sequence's tokens. per_token is GSPO-token (section 4.3): each token keeps its own advantage, and is
+    clipped by it; with equal advantages both are the same. Meant for sequence_mean aggregation. The
     mean log-ratio is clamped to +-10. Further arguments as in ppo_clip and segment_mean.
     """
     size = logprobs.shape[1] if max_segments is None else max_segments
     mean = segment_mean(lax.stop_gradient(logprobs - old_logprobs), segment_ids, mask, size)
     mean = jnp.clip(mean, -MAX_SEQUENCE_LOG_RATIO, MAX_SEQUENCE_LOG_RATIO)
     ratio = jnp.exp(mean + logprobs - lax.stop_gradient(logprobs))
+    if not per_token:
+        advantages = segment_mean(advantages, segment_ids, mask, size)
     return _clipped_surrogate(ratio, advantages, clip_low, clip_high, 0.0)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl.algorithms.loss import LossMetrics, finish_metrics, zero_metrics
+from jaxrl.algorithms.loss_metrics import LossMetrics, finish_metrics, zero_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
+from jaxrl.learner.critic import ActorCritic, critic_shardings, make_critic
 from jaxrl.learner.steps import (
     ForwardSettings,
     TrainState,
@@ -23,6 +26,7 @@ from jaxrl.learner.steps import (
     apply_gradients,
     grpo_loss,
     score,
+    score_with_values,
     zeros_like,
 )
 from jaxrl.observe import Observer
@@ -32,71 +36,187 @@ from models.decoder import Decoder
 from models.sharding import batch_sharding, policy_shardings
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """One micro-batch under the weights before its first update. All [R, T] float32, on the host."""
+
+    logprobs: np.ndarray
+    entropy: np.ndarray
+    reference_logprobs: np.ndarray | None
+    values: np.ndarray | None
+
+
 class Learner:
-    """The policy being trained, its optimizer, and the frozen reference if one is needed."""
+    """The policy being trained, its optimizer, and where the algorithm has them, critic and reference."""
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, policy: Decoder,
         optimizer: optax.GradientTransformation, *, forward: ForwardSettings, grpo: GrpoConfig,
         max_nonfinite_steps: int, observer: Observer,
+        critic_optimizer: optax.GradientTransformation | None = None,
     ) -> None:  # fmt: skip
-        """Takes ownership of `policy` (float32, sharded over `mesh`): its buffers are donated."""
+        """Takes ownership of `policy` (float32, sharded over `mesh`): its buffers are donated.
+
+        With a critic_optimizer there is a critic, and every batch must have values and returns.
+        """
         self.mesh = mesh
         self.num_nonfinite_steps = 0
         self._nonfinite_in_a_row = 0
         self._max_nonfinite_steps = max_nonfinite_steps
         self._observer = observer
-        self._needs_reference = grpo.kl_weight != 0 or grpo.log_reference
-        self._reference: Decoder | None = None
+        self._grpo = grpo
+        self._frozen_reference: Decoder | None = None
         self._metrics_shape: LossMetrics | None = None
         shardings = policy_shardings(config, mesh)
         self._everywhere = scalar = NamedSharding(mesh, PartitionSpec())
         self._rows = batch_sharding(mesh)
-        self._zeros = jax.jit(zeros_like, out_shardings=shardings)
         self._copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
+        shared = grpo.critic_trunk == "shared"
+        trained = shardings
+        if critic_optimizer is not None:
+            of_critic = critic_shardings(config, mesh, shared=shared)
+            trained = ActorCritic(policy=shardings, critic=of_critic)
+        self._make_programs(forward, grpo, shardings, trained)
+
+        def first_state(policy: Any) -> TrainState:  # a pytree, to optax
+            state = TrainState(policy=policy, optimizer=optimizer.init(policy), step=jnp.int32(0))
+            if critic_optimizer is not None:
+                critic: Any = make_critic(policy, shared=shared)
+                state = replace(
+                    state, critic=critic, critic_optimizer=critic_optimizer.init(critic)
+                )
+            if grpo.reference_refresh_steps > 0:
+                state = replace(state, reference=jax.tree.map(jnp.copy, policy))
+            if grpo.kl_target > 0:
+                state = replace(state, kl_weight=jnp.float32(grpo.kl_weight))
+            return state
+
+        places = _state_shardings(
+            jax.eval_shape(first_state, policy), optimizer, critic_optimizer, trained, scalar
+        )
+        self.state = jax.jit(first_state, donate_argnums=(0,), out_shardings=places)(policy)
+        self._make_apply(optimizer, critic_optimizer, places)
+
+    def _make_programs(
+        self, forward: ForwardSettings, grpo: GrpoConfig, shardings: Decoder, trained: Any
+    ) -> None:
+        scalar = self._everywhere
+        self._zeros = jax.jit(zeros_like, out_shardings=trained)
+        self._zeros_sft = jax.jit(zeros_like, out_shardings=shardings)
         self._score = jax.jit(lambda p, b: score(p, b, forward)[0])
+        self._score_all = jax.jit(partial(score_with_values, settings=forward))
         self._grpo_loss = partial(grpo_loss, forward=forward, grpo=grpo)
         self._accumulate = jax.jit(
             partial(accumulate_grpo, forward=forward, grpo=grpo),
             donate_argnums=(1, 2),
-            out_shardings=(shardings, scalar),
+            out_shardings=(trained, scalar),
         )
         self._accumulate_sft = jax.jit(
             partial(accumulate_sft, forward=forward),
             donate_argnums=(1, 2),
             out_shardings=(shardings, scalar),
         )
-        state_shardings = TrainState(
-            policy=shardings,
-            optimizer=_optimizer_shardings(optimizer, policy, shardings, scalar),
-            step=scalar,
-        )
-        self._apply = jax.jit(
-            partial(apply_gradients, optimizer=optimizer),
-            donate_argnums=(0,),
-            out_shardings=(state_shardings, scalar),
-        )
-        self.state = jax.jit(
-            lambda p: TrainState(policy=p, optimizer=optimizer.init(p), step=jnp.int32(0)),
-            donate_argnums=(0,),
-            out_shardings=state_shardings,
-        )(policy)
+
+    def _make_apply(
+        self,
+        optimizer: optax.GradientTransformation,
+        critic_optimizer: optax.GradientTransformation | None,
+        places: TrainState,
+    ) -> None:
+        def program(*, train_policy: bool) -> Any:
+            return jax.jit(
+                partial(
+                    apply_gradients, optimizer=optimizer, critic_optimizer=critic_optimizer,
+                    train_policy=train_policy,
+                ),
+                donate_argnums=(0,),
+                out_shardings=(places, self._everywhere),
+            )  # fmt: skip
+
+        self._apply = program(train_policy=True)
+        self._apply_critic = program(train_policy=False)
 
     @property
     def trace_count(self) -> int:
         """Programs traced so far: flat after the first step."""
         return num_traces(
-            self._zeros, self._score, self._accumulate, self._accumulate_sft, self._apply
-        )
+            self._zeros, self._zeros_sft, self._score, self._score_all, self._accumulate,
+            self._accumulate_sft, self._apply, self._apply_critic,
+        )  # fmt: skip
 
     @property
     def needs_reference(self) -> bool:
-        """The loss or the curves use a frozen reference."""
-        return self._needs_reference
+        """The loss, the rewards or the curves use a reference."""
+        return self._grpo.uses_reference
+
+    @property
+    def kl_weight(self) -> float:
+        """Weight of the KL in the reward: the configured one, or where it has been adapted to."""
+        adapted = self.state.kl_weight
+        return self._grpo.kl_weight if adapted is None else float(adapted)
+
+    def set_kl_weight(self, weight: float) -> None:
+        """Replace the adapted weight."""
+        value = jax.device_put(jnp.float32(weight), self._everywhere)
+        self.state = replace(self.state, kl_weight=value)
 
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference."""
-        self._reference = self._copy(self.state.policy)
+        copy = self._copy(self.state.policy)
+        if self._grpo.reference_refresh_steps > 0:
+            self.state = replace(self.state, reference=copy)
+        else:
+            self._frozen_reference = copy
+
+    @property
+    def _reference(self) -> Decoder | None:
+        return self.state.reference if self._frozen_reference is None else self._frozen_reference
+
+    @property
+    def _model(self) -> Decoder | ActorCritic:
+        if self.state.critic is None:
+            return self.state.policy
+        return ActorCritic(policy=self.state.policy, critic=self.state.critic)
+
+    def score_batches(self, batches: Sequence[Batch]) -> list[Scores]:
+        """Every micro-batch under the present weights, and under the reference if there is one."""
+        with jax.set_mesh(self.mesh):
+            on_device = [self._put(batch) for batch in batches]
+            traced = self.trace_count
+            with self._observer.reference(len(batches)) as work:
+                scored = [self._score_all(self._model, batch) for batch in on_device]
+                jax.block_until_ready(scored)
+                work.update(microbatches=len(batches), compiled=self.trace_count - traced)
+            reference = self._score_reference(on_device)
+        return [
+            Scores(
+                logprobs=np.asarray(logprobs),
+                entropy=np.asarray(entropy),
+                reference_logprobs=None if under is None else np.asarray(under),
+                values=None if values is None else np.asarray(values),
+            )
+            for (logprobs, entropy, values), under in zip(scored, reference, strict=True)
+        ]
+
+    def update_step(self, minibatches: Sequence[Sequence[Batch]], step: int) -> dict[str, float]:
+        """All optimizer updates on one batch of rollouts, the `step`-th; returns mean curves.
+
+        Curves that end in _max are maxima over the updates. The reference is refreshed afterwards
+        if it is due.
+
+        Raises:
+            UserError: as `update`.
+        """
+        seen = [self.update(batches) for _ in range(self._grpo.epochs) for batches in minibatches]
+        every = self._grpo.reference_refresh_steps
+        if every > 0 and step % every == 0:
+            self.freeze_reference()
+        if len(seen) == 1:
+            return seen[0]
+        return {
+            name: float((max if name.endswith("_max") else np.mean)([one[name] for one in seen]))
+            for name in seen[0]
+        }
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One optimizer step of policy optimisation over all micro-batches; returns its curves.
@@ -112,12 +232,11 @@ class Learner:
         reference = self._score_reference(on_device)
         traced = self.trace_count
         with self._observer.train(len(batches)) as work:
-            gradients = self._zeros(self.state.policy)
+            model = self._model
+            gradients = self._zeros(model)
             metrics = self._zero_metrics(on_device[0], reference[0])
             for batch, logprobs in zip(on_device, reference, strict=True):
-                gradients, metrics = self._accumulate(
-                    self.state.policy, gradients, metrics, batch, logprobs
-                )
+                gradients, metrics = self._accumulate(model, gradients, metrics, batch, logprobs)
             jax.block_until_ready(gradients)
             work.update(microbatches=len(batches), compiled=self.trace_count - traced)
         applied = self._take_step(gradients)
@@ -129,7 +248,7 @@ class Learner:
             return self._update_sft(batches)
 
     def _update_sft(self, batches: Sequence[Batch]) -> dict[str, float]:
-        gradients = self._zeros(self.state.policy)
+        gradients = self._zeros_sft(self.state.policy)
         total = jax.device_put(jnp.float32(0), self._everywhere)
         for batch in batches:
             gradients, total = self._accumulate_sft(
@@ -141,8 +260,8 @@ class Learner:
         return jax.device_put(batch, self._rows)
 
     def _score_reference(self, batches: Sequence[Batch]) -> list[jax.Array | None]:
-        if self._reference is None:
-            return [None] * len(batches)
+        if self._reference is None or batches[0].reference_logprobs is not None:
+            return [batch.reference_logprobs for batch in batches]
         traced = self.trace_count
         with self._observer.reference(len(batches)) as work:
             scores = [self._score(self._reference, batch) for batch in batches]
@@ -153,14 +272,19 @@ class Learner:
     def _zero_metrics(self, batch: Batch, reference: jax.Array | None) -> LossMetrics:
         shape = self._metrics_shape
         if shape is None:
-            _, shape = jax.eval_shape(self._grpo_loss, self.state.policy, batch, reference)
+            _, shape = jax.eval_shape(self._grpo_loss, self._model, batch, reference)
             self._metrics_shape = shape
         return jax.device_put(zero_metrics(shape), self._everywhere)
 
-    def _take_step(self, gradients: Decoder) -> dict[str, float]:
+    def _take_step(self, gradients: Decoder | ActorCritic) -> dict[str, float]:
         traced = self.trace_count
+        warms_up = isinstance(gradients, ActorCritic) and self._grpo.critic_warmup_steps > 0
+        if warms_up and int(self.state.step) < self._grpo.critic_warmup_steps:
+            apply = self._apply_critic
+        else:
+            apply = self._apply
         with self._observer.optimizer() as work:
-            self.state, applied = self._apply(self.state, gradients)
+            self.state, applied = apply(self.state, gradients)
             host = jax.device_get(applied)
             work["compiled"] = self.trace_count - traced
         if host.is_finite:
@@ -180,17 +304,36 @@ class Learner:
         }
 
 
-def _optimizer_shardings(
+def _state_shardings(
+    state: TrainState,
     optimizer: optax.GradientTransformation,
-    policy: Decoder,
-    shardings: Decoder,
+    critic_optimizer: optax.GradientTransformation | None,
+    trained: Any,
     scalar: NamedSharding,
+) -> TrainState:
+    """Where the leaves of `state` (abstract) lie; `trained` are the shardings of what is trained."""
+    policy = trained.policy if isinstance(trained, ActorCritic) else trained
+    places = TrainState(
+        policy=policy,
+        optimizer=_optimizer_shardings(optimizer, state.policy, policy, scalar),
+        step=scalar,
+        reference=None if state.reference is None else policy,
+        kl_weight=None if state.kl_weight is None else scalar,
+    )
+    if critic_optimizer is None:
+        return places
+    moments = _optimizer_shardings(critic_optimizer, state.critic, trained.critic, scalar)
+    return replace(places, critic=trained.critic, critic_optimizer=moments)
+
+
+def _optimizer_shardings(
+    optimizer: optax.GradientTransformation, parameters: Any, shardings: Any, scalar: NamedSharding
 ) -> Any:
     """Moments lie as their parameters do; counters are replicated."""
     return optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, policy),
+        jax.eval_shape(optimizer.init, parameters),
         shardings,
         transform_non_params=lambda _: scalar,
     )

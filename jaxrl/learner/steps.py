@@ -1,21 +1,24 @@
 """The jitted parts of an optimizer step. Pure functions; `Learner` holds the state.
 
-Order within one optimizer step: (reference scoring) -> accumulate over micro-batches -> apply.
+Order within one optimizer step: (scoring) -> accumulate over micro-batches -> apply. With a critic the
+model that is trained is an ActorCritic, else the policy alone.
 Gradients of micro-batches are summed: the denominators are in the batch's token weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl.algorithms.loss import LossMetrics, merge_metrics, policy_loss, sft_loss
+from jaxrl.algorithms.loss import policy_loss, sft_loss, value_loss
+from jaxrl.algorithms.loss_metrics import LossMetrics, keep, merge_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
+from jaxrl.learner.critic import ActorCritic, values_of
 from models.decoder import Decoder, hidden_states
 from models.head import target_logprobs
 
@@ -28,6 +31,10 @@ class TrainState:
     policy: Decoder  # float32
     optimizer: Any
     step: Any  # [] int32, optimizer steps taken, skipped ones included
+    critic: Any = None  # Critic, where advantages need one
+    critic_optimizer: Any = None
+    reference: Any = None  # Decoder, where it is refreshed; a frozen one is checkpoint 0
+    kl_weight: Any = None  # [] float32, where it is adapted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,35 +49,70 @@ class ForwardSettings:
 
 def score(policy: Decoder, batch: Batch, settings: ForwardSettings) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities [R, T] of the targets and entropies [R, T] of the next-token distributions."""
-    hidden = hidden_states(
+    return _head(policy, _hidden(policy, batch, settings), batch, settings)
+
+
+def _hidden(policy: Decoder, batch: Batch, settings: ForwardSettings) -> jax.Array:
+    return hidden_states(
         policy, batch.tokens, batch.positions, batch.segment_ids,
         dtype=settings.dtype, remat=settings.remat,
     )  # fmt: skip
+
+
+def _head(
+    policy: Decoder, hidden: jax.Array, batch: Batch, settings: ForwardSettings
+) -> tuple[jax.Array, jax.Array]:
     return target_logprobs(
         policy, hidden, batch.targets, temperature=settings.temperature,
         chunk_tokens=settings.chunk_tokens, dtype=settings.dtype,
     )  # fmt: skip
 
 
+def score_with_values(
+    model: Decoder | ActorCritic, batch: Batch, settings: ForwardSettings
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Log-probabilities, entropies and, with a critic, values; all [R, T] float32."""
+    if isinstance(model, Decoder):
+        return *score(model, batch, settings), None
+    hidden = _hidden(model.policy, batch, settings)
+    logprobs, entropy = _head(model.policy, hidden, batch, settings)
+    trunk = model.critic.trunk
+    states = hidden if trunk is None else _hidden(trunk, batch, settings)
+    return logprobs, entropy, values_of(model.critic, states)
+
+
 def grpo_loss(
-    policy: Decoder, batch: Batch, reference_logprobs: jax.Array | None, *,
+    model: Decoder | ActorCritic, batch: Batch, reference_logprobs: jax.Array | None, *,
     forward: ForwardSettings, grpo: GrpoConfig,
 ) -> tuple[jax.Array, LossMetrics]:  # fmt: skip
-    """This micro-batch's part of the policy loss, and its metrics."""
-    logprobs, entropy = score(policy, batch, forward)
-    return policy_loss(
-        logprobs, entropy, batch, learner_logprobs=None, reference_logprobs=reference_logprobs,
-        settings=grpo,
+    """This micro-batch's part of the policy loss (and of the value loss), and its metrics."""
+    logprobs, entropy, values = score_with_values(model, batch, forward)
+    loss, metrics = policy_loss(
+        logprobs, entropy, batch, learner_logprobs=batch.learner_logprobs,
+        reference_logprobs=reference_logprobs, settings=grpo,
     )  # fmt: skip
+    if values is None:
+        return loss, metrics
+    of_values, clipped = value_loss(values, batch, clip=grpo.value_clip)
+    seen = replace(
+        metrics,
+        weighted=metrics.weighted | {"critic/value_loss": of_values},
+        sums=metrics.sums | {
+            "critic/value_mean": jnp.sum(keep(values, batch.loss_mask)),
+            "critic/return_mean": jnp.sum(keep(batch.returns, batch.loss_mask)),
+            "critic/clipfrac": clipped,
+        },
+    )  # fmt: skip
+    return loss + grpo.value_weight * of_values, jax.lax.stop_gradient(seen)
 
 
 def accumulate_grpo(
-    policy: Decoder, gradients: Decoder, metrics: LossMetrics, batch: Batch,
+    model: Any, gradients: Any, metrics: LossMetrics, batch: Batch,
     reference_logprobs: jax.Array | None, *, forward: ForwardSettings, grpo: GrpoConfig,
-) -> tuple[Decoder, LossMetrics]:  # fmt: skip
-    """Add one micro-batch's policy gradient and metrics."""
+) -> tuple[Any, LossMetrics]:  # fmt: skip
+    """Add one micro-batch's gradient, in the shape of the model, and metrics."""
     new, seen = jax.grad(grpo_loss, has_aux=True)(
-        policy, batch, reference_logprobs, forward=forward, grpo=grpo
+        model, batch, reference_logprobs, forward=forward, grpo=grpo
     )
     return jax.tree.map(jnp.add, gradients, new), merge_metrics(metrics, seen)
 
@@ -93,24 +135,43 @@ class Applied:
 
 
 def apply_gradients(
-    state: TrainState, gradients: Decoder, optimizer: optax.GradientTransformation
+    state: TrainState,
+    gradients: Decoder | ActorCritic,
+    optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation | None = None,
+    *,
+    train_policy: bool = True,
 ) -> tuple[TrainState, Applied]:
-    """One optimizer step; a non-finite gradient norm leaves weights and optimizer state untouched."""
-    norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(norm)
+    """One optimizer step; a non-finite gradient norm leaves weights and optimizer state untouched.
+
+    Gradients of an ActorCritic step both, the critic with its own optimizer; train_policy=False
+    steps the critic alone. grad_norm is the policy's.
+    """
+    both = isinstance(gradients, ActorCritic)
+    of_policy = gradients.policy if isinstance(gradients, ActorCritic) else gradients
+    norm = optax.global_norm(of_policy)
+    finite = jnp.isfinite(optax.global_norm(gradients) if both else norm)
 
     def take(state: TrainState) -> TrainState:
         policy: Any = state.policy  # a pytree; optax's types know only arrays and containers
-        updates, new = optimizer.update(cast("Any", gradients), state.optimizer, policy)
-        stepped: Any = optax.apply_updates(policy, updates)
-        return TrainState(policy=stepped, optimizer=new, step=state.step + 1)
+        if train_policy:
+            updates, new = optimizer.update(cast("Any", of_policy), state.optimizer, policy)
+            stepped: Any = optax.apply_updates(policy, updates)
+            state = replace(state, policy=stepped, optimizer=new)
+        if isinstance(gradients, ActorCritic) and critic_optimizer is not None:
+            of_critic: Any = gradients.critic
+            updates, new = critic_optimizer.update(of_critic, state.critic_optimizer, state.critic)
+            state = replace(
+                state, critic=optax.apply_updates(state.critic, updates), critic_optimizer=new
+            )
+        return replace(state, step=state.step + 1)
 
     def skip(state: TrainState) -> TrainState:
-        return TrainState(policy=state.policy, optimizer=state.optimizer, step=state.step + 1)
+        return replace(state, step=state.step + 1)
 
     return jax.lax.cond(finite, take, skip, state), Applied(grad_norm=norm, is_finite=finite)
 
 
-def zeros_like(policy: Decoder) -> Decoder:
+def zeros_like(model: Any) -> Any:
     """Gradients before the first micro-batch."""
-    return jax.tree.map(jnp.zeros_like, policy)
+    return jax.tree.map(jnp.zeros_like, model)

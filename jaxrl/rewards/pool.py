@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from jaxrl.errors import UserError
 from jaxrl.rewards.process import StartError, WorkerProcess
 from jaxrl.rewards.worker import Item, Setup, Verdict, judge
 from jaxrl.tasks import Task, make_task
+from jaxrl.tasks.base import IsolatedTask
 from jaxrl.types import Problem, Reward
 
 _CHUNK_S = 0.05
@@ -59,9 +60,15 @@ class RewardStats:
     """Items that took longer than the limit and got 0."""
     retries: int
     """Items sent again after the timeout of their chunk or the death of their worker."""
+    errors: int
+    """Submissions whose verifier raised or cost two workers; their futures carry the error."""
     latency_p50_s: float
     latency_p90_s: float
     latency_max_s: float
+
+    def metrics(self) -> dict[str, float]:
+        """Curves verifier/...: the fields by name."""
+        return {f"verifier/{name}": float(value) for name, value in asdict(self).items()}
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -115,8 +122,8 @@ class RewardPool:
         latency_s: added to each verification in its worker [s]; with 0 workers a timer thread adds
             it once to each submission.
         make: builds the task, here and in each worker; a function that a worker can import.
-        Raises: UserError for values out of range, and whatever the task raises for its
-        configuration.
+        Raises: UserError for values out of range or an isolated task without workers, and whatever
+        the task raises for its configuration.
         """
         if workers < 0:
             raise UserError(f"task.reward_workers={workers} must be at least 0; usual: 1")
@@ -127,14 +134,20 @@ class RewardPool:
                 "raise the timeout"
             )
         self._task = make(task_config, seed)
+        if workers == 0 and isinstance(self._task, IsolatedTask):
+            raise UserError(
+                f"task.reward_workers=0 would run the verifier of task {self._task.name} in the "
+                "trainer, which it could hang or harm; set task.reward_workers to 1 or more"
+            )
         self._setup = Setup(make, task_config, seed, latency_s)
         self._timeout_s, self._latency_s = timeout_s, latency_s
         self._item_s = latency_s  # running mean duration of one item
         self._lock = threading.Lock()  # guards everything below
         self._stop = threading.Event()  # set once, by close
-        self._depth = self._done = self._timeouts = self._retries = 0
+        self._depth = self._done = self._timeouts = self._retries = self._errors = 0
         self._latencies_s: collections.deque[float] = collections.deque(maxlen=_LATENCIES_KEPT)
-        self._open: set[_Group] = set()
+        self._starts = [_Group(items=()) for _ in range(workers)]  # resolved when a worker is ready
+        self._open: set[_Group] = set(self._starts)
         self._processes: dict[int, WorkerProcess] = {}
         self._chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._late: queue.SimpleQueue[_Late | None] = queue.SimpleQueue()
@@ -147,6 +160,11 @@ class RewardPool:
             self._threads = [threading.Thread(target=self._wait, name="reward-timer", daemon=True)]
         for thread in self._threads:
             thread.start()
+
+    def wait_ready(self) -> None:
+        """Wait until every worker has built its task. Raises: VerifierError if one cannot."""
+        for start in self._starts:
+            start.future.result()
 
     def submit(self, problem: Problem, completion: str, finished: bool) -> Future[Reward]:
         """Verify one completion. The future raises VerifierError if the verifier does."""
@@ -193,6 +211,7 @@ class RewardPool:
                 done=self._done,
                 timeouts=self._timeouts,
                 retries=self._retries,
+                errors=self._errors,
                 latency_p50_s=float(np.quantile(latencies_s, 0.5)),
                 latency_p90_s=float(np.quantile(latencies_s, 0.9)),
                 latency_max_s=float(latencies_s.max()),
@@ -240,8 +259,7 @@ class RewardPool:
     def _serve(self, lane: int) -> None:
         """Thread of one worker: ask it chunk after chunk, replace it when it is lost."""
         process: WorkerProcess | None = None
-        nothing = _Group(items=())
-        chunk: _Chunk | None = _Chunk(group=nothing, indices=())  # starts the process early
+        chunk: _Chunk | None = _Chunk(group=self._starts[lane], indices=())  # starts it early
         while chunk is not None and not self._stop.is_set():
             try:
                 process = process or self._start(lane)
@@ -271,7 +289,7 @@ class RewardPool:
             return self._processes[lane]
 
     def _after_timeout(self, chunk: _Chunk) -> None:
-        if len(chunk.indices) > 1:
+        if len(chunk.indices) != 1:
             self._again(chunk, deaths=0)
             return
         with self._lock:
@@ -283,6 +301,8 @@ class RewardPool:
         if deaths < _DEATHS:
             self._again(chunk, deaths)
             return
+        with self._lock:
+            self._errors += chunk.group in self._open
         item = chunk.items[0]
         message = (
             f"the verifier process ended {deaths} times (exit code {exit_code}; stderr says more)"
@@ -292,6 +312,8 @@ class RewardPool:
     def _again(self, chunk: _Chunk, deaths: int) -> None:
         with self._lock:
             self._retries += len(chunk.indices)
+        if not chunk.indices:  # a start
+            self._chunks.put(chunk)
         for i in chunk.indices:
             self._chunks.put(_Chunk(group=chunk.group, indices=[i], deaths=deaths))
 
@@ -300,6 +322,8 @@ class RewardPool:
         rewards = []
         for item, verdict in zip(chunk.items, verdicts, strict=True):
             if verdict.reward is None:
+                with self._lock:
+                    self._errors += chunk.group in self._open
                 self._fail(chunk.group, self._error(item, verdict.traceback))
                 return
             rewards.append(verdict.reward)
@@ -312,14 +336,16 @@ class RewardPool:
         with self._lock:
             if group not in self._open:
                 return
-            self._item_s += _SMOOTHING * (item_s - self._item_s)
+            if rewards:
+                self._item_s += _SMOOTHING * (item_s - self._item_s)
             group.rewards.update(zip(chunk.indices, rewards, strict=True))
             self._depth -= len(rewards)
             self._done += len(rewards)
             if len(group.rewards) < len(group.items):
                 return
             self._open.remove(group)
-            self._latencies_s.append(time.perf_counter() - group.submitted_s)
+            if group.items:
+                self._latencies_s.append(time.perf_counter() - group.submitted_s)
         group.future.set_result([group.rewards[i] for i in range(len(group.items))])
 
     def _fail(self, group: _Group, error: VerifierError) -> None:
@@ -334,7 +360,7 @@ class RewardPool:
     def _error(self, item: Item, what: str) -> VerifierError:
         return VerifierError(
             f"task {self._task.name}, problem {item.problem.id}\n  prompt {item.problem.prompt!r}\n"
-            f"  completion {item.completion[:500]!r}\n{what}"
+            f"  completion {item.completion[:500]!r}\n  row {dict(item.problem.row)!r:.500}\n{what}"
         )
 
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from jaxrl.config import TaskConfig
-from jaxrl.tasks.base import Task
+from jaxrl.tasks.base import IsolatedTask, Task
 from jaxrl.types import Problem, Reward
 
 READY = "ready"
@@ -65,6 +65,8 @@ def main(file_descriptor: int) -> None:
         try:
             setup: Setup = pipe.recv()
             task = setup.make(setup.config, setup.seed)
+            if isinstance(task, IsolatedTask):
+                task.load_verifier()
         except Exception:
             pipe.send(traceback.format_exc())
             return

@@ -3,7 +3,8 @@
     submit(request)                 any number of samples of one prompt, queued
     run_chunk(snapshot)             1 free slots take queued samples; a prompt is prefilled once and its
                                       keys and values are copied to every slot that samples it
-                                    2 one jitted loop of decode steps over all slots
+                                    2 one jitted loop of decode steps over all slots; it ends early when
+                                      samples wait and idle slots have cost as much as refilling them will
                                     3 finished completions are returned, their slots are free again
 Weights may change between two chunks; each token keeps the version that produced it.
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,15 +34,15 @@ from jaxrl.rollout.sampling import (
 )
 from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Finish, Snapshot
-from models.cache import KEY_BLOCK
+from models.cache import KVCache, join_cache, split_cache
 from models.config import ModelConfig
 from models.decoder import prefill
 from models.sharding import cache_shardings
 
 SMALLEST_BUCKET = 8
 """Prompt lengths and prompt counts are padded to powers of two from here (counts from 1)."""
-KV_BUCKETS = 4
-"""Attention reads one of this many prefixes of the cache: the shortest that holds every live sequence."""
+NO_BUDGET = np.iinfo(np.int32).max
+"""Idle slot-steps when there is nothing to refill slots with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,19 +72,19 @@ class _Live:
 
     request: Request
     sample_index: int
-    tokens: list[np.ndarray]
-    logprobs: list[np.ndarray]
-    versions: list[np.ndarray]
     length: int  # prompt and generated tokens
+    tokens: list[np.ndarray] = field(default_factory=list)  # of each chunk
+    logprobs: list[np.ndarray] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prefilled:
-    """Prompts whose keys and values are on the device, under the weights in use."""
+    """Distinct prompts, right-padded; their keys and values under the weights in use, once made."""
 
-    keys_values: tuple[jax.Array, jax.Array]
-    prompts: jax.Array
-    lengths: jax.Array
+    keys_values: tuple[jax.Array, jax.Array] | None
+    prompts: Any  # [P, T] int32
+    lengths: Any  # [P] int32
     row_of: dict[int, int]  # stream -> row
 
 
@@ -91,14 +93,15 @@ class RolloutEngine:
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, *, num_slots: int, max_prompt_tokens: int,
-        max_new_tokens: int, chunk_steps: int, num_stop_ids: int, dtype: jnp.dtype, seed: int,
-        kv_on_swap: str = "keep", observer: Observer,
+        max_new_tokens: int, chunk_steps: int, refill_cost_steps: float, num_stop_ids: int,
+        dtype: jnp.dtype, seed: int, kv_on_swap: str = "keep", observer: Observer,
     ) -> None:  # fmt: skip
         self.num_slots = num_slots
         self._mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
         self.max_tokens = max_prompt_tokens + max_new_tokens
         self.chunk_steps = chunk_steps
+        self._refill_cost = max(1, round(refill_cost_steps * num_slots))  # [slot-steps]
         self._num_stop_ids = num_stop_ids
         self._recomputes = kv_on_swap == "recompute"
         self._observer = observer
@@ -119,7 +122,7 @@ class RolloutEngine:
         self._admit = jax.jit(admit, donate_argnums=(0,), out_shardings=shardings)
         self._decode = jax.jit(
             partial(decode_chunk, dtype=dtype),
-            static_argnames=("steps", "kv_limit", "filtered", "greedy"),
+            static_argnames=("steps", "filtered", "greedy"),
             donate_argnums=(1,),
             out_shardings=(shardings, self._host),
         )
@@ -166,14 +169,19 @@ class RolloutEngine:
             )
         self._queue.extend((request, index) for index in request.sample_indices)
 
-    def run_chunk(self, snapshot: Snapshot) -> list[tuple[Request, Completion]]:
-        """Refill free slots, decode one chunk with these weights, return what finished."""
+    def run_chunk(
+        self, snapshot: Snapshot, *, more_waits: bool = False
+    ) -> list[tuple[Request, Completion]]:
+        """Refill free slots, decode one chunk with these weights, return what finished.
+
+        `more_waits`: the caller could submit more at once, so idle slots are worth a refill.
+        """
         with jax.set_mesh(self._mesh):
             self._swap_to(snapshot)
             self._refill(snapshot)
             if not self._live:
                 return []
-            chunk = self._decode_live(snapshot)
+            chunk = self._decode_live(snapshot, more_waits or bool(self._queue))
         return self._collect(chunk, snapshot.version)
 
     # -- steps of run_chunk ------------------------------------------------------------------------
@@ -183,9 +191,9 @@ class RolloutEngine:
             return
         self._kept = None  # prefilled under the old weights
         if self._recomputes and self._live and self._version is not None:
-            longest = max(live.length for live in self._live.values())
-            self._slots = self._recompute(
-                snapshot.policy, self._slots, tokens=self._kv_limit(longest)
+            needed, rest = self._split_slots(0)
+            self._slots = _with_cache(
+                self._recompute(snapshot.policy, needed, tokens=needed.cache.max_tokens), rest
             )
         self._version = snapshot.version
 
@@ -194,84 +202,86 @@ class RolloutEngine:
         entering = [(slot, *self._queue.popleft()) for slot in free[: len(self._queue)]]
         if not entering:
             return
-        traced = self.trace_count
-        with self._observer.prefill(version=snapshot.version) as work:
-            kept = self._kept
-            known = [e for e in entering if kept is not None and e[1].stream in kept.row_of]
-            new = [e for e in entering if kept is None or e[1].stream not in kept.row_of]
-            if kept is not None and known:
-                self._enter(kept, known)
-            work.update(samples=len(entering), prompts=0, tokens=0)
-            if new:
-                kept = self._prefill_prompts(snapshot, [request for _, request, _ in new])
-                self._enter(kept, new)
-                work.update(prompts=kept.prompts.shape[0], tokens=kept.prompts.shape[1])
-            jax.block_until_ready(self._slots.positions)
-            work["compiled"] = self.trace_count - traced
+        self._live |= {slot: _Live(r, i, len(r.prompt)) for slot, r, i in entering}
+        kept = self._kept
+        known = [e for e in entering if kept is not None and e[1].stream in kept.row_of]
+        new = [e for e in entering if kept is None or e[1].stream not in kept.row_of]
+        if kept is not None and known:
+            self._enter(snapshot, kept, known)
+        if new:
+            kept = self._enter(snapshot, _pad_prompts(new, self.max_prompt_tokens), new)
         waits = self._queue and kept is not None and self._queue[0][0].stream in kept.row_of
         self._kept = kept if waits else None
 
-    def _prefill_prompts(self, snapshot: Snapshot, requests: Sequence[Request]) -> _Prefilled:
-        """Prefill each distinct prompt once, in shapes padded to powers of two."""
-        distinct = list({request.stream: request for request in requests}.values())
-        rows = _bucket(len(distinct), 1)
-        longest = max(len(request.prompt) for request in distinct)
-        columns = min(_bucket(longest, SMALLEST_BUCKET), self.max_prompt_tokens)
-        prompts = np.zeros((rows, columns), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for row, request in enumerate(distinct):
-            prompts[row, : len(request.prompt)] = request.prompt
-            lengths[row] = len(request.prompt)
-        on_device, on_device_lengths = jax.device_put((prompts, lengths), self._host)
-        return _Prefilled(
-            keys_values=self._prefill(snapshot.policy, on_device),
-            prompts=on_device,
-            lengths=on_device_lengths,
-            row_of={request.stream: row for row, request in enumerate(distinct)},
+    def _enter(
+        self, snapshot: Snapshot, source: _Prefilled, entering: Sequence[tuple[int, Request, int]]
+    ) -> _Prefilled:
+        """Prefill the prompts if they are not yet, copy them into slots and start their samples."""
+        admission = self._admission(source.row_of, entering)
+        traced, rows = self.trace_count, 0
+        with self._observer.prefill(version=snapshot.version) as work:
+            if source.keys_values is None:
+                rows = source.prompts.shape[0]
+                prompts, lengths = jax.device_put((source.prompts, source.lengths), self._host)
+                source = _Prefilled(
+                    self._prefill(snapshot.policy, prompts), prompts, lengths, source.row_of
+                )
+            self._slots = self._admit(
+                self._slots, source.keys_values, source.prompts, source.lengths,
+                jax.device_put(admission, self._host), self._root,
+            )  # fmt: skip
+            jax.block_until_ready(self._slots.positions)
+            work.update(
+                prompts=rows, tokens=source.prompts.shape[1], samples=len(entering),
+                compiled=self.trace_count - traced,
+            )  # fmt: skip
+        return source
+
+    def _admission(
+        self, row_of: dict[int, int], entering: Sequence[tuple[int, Request, int]]
+    ) -> Admission:
+        """The entering samples as arrays, padded to a power of two."""
+        slots, requests, indices = zip(*entering, strict=True)
+        padding = _bucket(len(entering), SMALLEST_BUCKET) - len(entering)
+        params = [request.params for request in requests]
+        stop_ids = [p.stop_ids + (-1,) * (self._num_stop_ids - len(p.stop_ids)) for p in params]
+
+        def column(values: Sequence[Any], dtype: type, fill: int = 0) -> np.ndarray:
+            return np.array([*values, *[fill] * padding], dtype)
+
+        return Admission(
+            slots=column(slots, np.int32, self.num_slots),  # past the end: dropped
+            rows=column([row_of[r.stream] for r in requests], np.int32),
+            stream=np.stack(
+                [column([r.stream for r in requests], np.uint32), column(indices, np.uint32)],
+                axis=1,
+            ),
+            max_new_tokens=column([p.max_new_tokens for p in params], np.int32),
+            temperature=column([p.temperature for p in params], np.float32, 1),
+            top_p=column([p.top_p for p in params], np.float32, 1),
+            top_k=column([p.top_k for p in params], np.int32),
+            stop_ids=np.array(
+                [*stop_ids, *[(-1,) * self._num_stop_ids] * padding], np.int32
+            ).reshape(-1, self._num_stop_ids),
         )
 
-    def _enter(self, source: _Prefilled, entering: Sequence[tuple[int, Request, int]]) -> None:
-        """Copy prompts into slots and start their samples."""
-        size = _bucket(len(entering), SMALLEST_BUCKET)
-        stop_ids = np.full((size, self._num_stop_ids), -1, np.int32)
-        streams = np.zeros((size, 2), np.uint32)
-        slots = np.full(size, self.num_slots, np.int32)  # past the end: dropped
-        rows, max_new, top_k = (np.zeros(size, np.int32) for _ in range(3))
-        temperature, top_p = np.ones(size, np.float32), np.ones(size, np.float32)
-        for i, (slot, request, sample_index) in enumerate(entering):
-            params = request.params
-            slots[i], rows[i] = slot, source.row_of[request.stream]
-            streams[i] = request.stream, sample_index
-            max_new[i], top_k[i] = params.max_new_tokens, params.top_k
-            temperature[i], top_p[i] = params.temperature, params.top_p
-            stop_ids[i, : len(params.stop_ids)] = params.stop_ids
-            self._live[slot] = _Live(request, sample_index, [], [], [], len(request.prompt))
-        admission = Admission(
-            slots=slots, rows=rows, stream=streams, max_new_tokens=max_new,
-            temperature=temperature, top_p=top_p, top_k=top_k, stop_ids=stop_ids,
-        )  # fmt: skip
-        self._slots = self._admit(
-            self._slots, source.keys_values, source.prompts, source.lengths,
-            jax.device_put(admission, self._host), self._root,
-        )  # fmt: skip
-
-    def _decode_live(self, snapshot: Snapshot) -> Chunk:
+    def _decode_live(self, snapshot: Snapshot, more_waits: bool) -> Chunk:
         params = [live.request.params for live in self._live.values()]
-        longest = max(live.length for live in self._live.values())
-        kv_limit = self._kv_limit(longest + self.chunk_steps)
+        needed, rest = self._split_slots(self.chunk_steps)
         traced = self.trace_count
         with self._observer.decode(version=snapshot.version) as work:
-            self._slots, on_device = self._decode(
+            slots, on_device = self._decode(
                 snapshot.policy,
-                self._slots,
+                needed,
+                np.int32(self._refill_cost if more_waits else NO_BUDGET),
                 steps=self.chunk_steps,
-                kv_limit=kv_limit,
                 filtered=any(p.top_p < 1 or p.top_k > 0 for p in params),
                 greedy=any(p.temperature == 0 for p in params),
             )
+            self._slots = _with_cache(slots, rest)
             chunk: Chunk = jax.device_get(on_device)
             work.update(
-                kv_len=kv_limit,
+                kv_len=needed.cache.max_tokens,
                 steps=int(chunk.steps),
                 tokens=int(chunk.sampled.sum()),
                 compiled=self.trace_count - traced,
@@ -280,22 +290,32 @@ class RolloutEngine:
 
     def _collect(self, chunk: Chunk, version: int) -> list[tuple[Request, Completion]]:
         finished = []
+        counts = chunk.sampled.sum(
+            0
+        ).tolist()  # a slot samples from the first step on until it ends
+        ended = (chunk.remaining == 0).tolist()
+        tokens, logprobs = chunk.tokens.T.copy(), chunk.logprobs.T.copy()
         for slot, live in list(self._live.items()):
-            sampled = chunk.sampled[:, slot]
-            tokens = chunk.tokens[sampled, slot]
-            live.tokens.append(tokens)
-            live.logprobs.append(chunk.logprobs[sampled, slot])
-            live.versions.append(np.full(len(tokens), version, np.int32))
-            live.length += len(tokens)
-            if chunk.remaining[slot] == 0:
+            count = counts[slot]
+            live.tokens.append(tokens[slot, :count])
+            live.logprobs.append(logprobs[slot, :count])
+            live.versions.append(version)
+            live.length += count
+            if ended[slot]:
                 del self._live[slot]
                 finished.append((live.request, _completion(live)))
         return finished
 
-    def _kv_limit(self, longest: int) -> int:
-        capacity = self._slots.cache.max_tokens
-        bucket = -(-capacity // (KV_BUCKETS * KEY_BLOCK)) * KEY_BLOCK
-        return min(-(-longest // bucket) * bucket, capacity)
+    def _split_slots(self, steps: int) -> tuple[Slots, KVCache]:
+        """The slots with as much of the cache as `steps` more tokens of every sequence need, and the rest."""
+        longest = max(live.length for live in self._live.values())
+        needed, rest = split_cache(self._slots.cache, longest + steps)
+        return replace(self._slots, cache=needed), rest
+
+
+def _with_cache(slots: Slots, rest: KVCache) -> Slots:
+    """Slots whose cache was split, whole again."""
+    return replace(slots, cache=join_cache(slots.cache, rest))
 
 
 def _completion(live: _Live) -> Completion:
@@ -304,10 +324,26 @@ def _completion(live: _Live) -> Completion:
     return Completion(
         tokens=tokens,
         sampler_logprobs=np.concatenate(live.logprobs),
-        versions=np.concatenate(live.versions),
+        versions=np.repeat(np.array(live.versions, np.int32), [len(part) for part in live.tokens]),
         finish=Finish.STOP if stopped else Finish.LENGTH,
         sample_index=live.sample_index,
     )
+
+
+def _pad_prompts(
+    entering: Sequence[tuple[int, Request, int]], max_prompt_tokens: int
+) -> _Prefilled:
+    """Each distinct prompt once, in shapes padded to powers of two."""
+    distinct = list({request.stream: request for _, request, _ in entering}.values())
+    longest = max(len(request.prompt) for request in distinct)
+    columns = min(_bucket(longest, SMALLEST_BUCKET), max_prompt_tokens)
+    prompts = np.zeros((_bucket(len(distinct), 1), columns), np.int32)
+    lengths = np.ones(len(prompts), np.int32)
+    for row, request in enumerate(distinct):
+        prompts[row, : len(request.prompt)] = request.prompt
+        lengths[row] = len(request.prompt)
+    row_of = {request.stream: row for row, request in enumerate(distinct)}
+    return _Prefilled(None, prompts, lengths, row_of)
 
 
 def _bucket(number: int, smallest: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.cache import KVCache, init_cache, insert_prompts, narrow, widen
+from models.cache import KVCache, init_cache, insert_prompts
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, recompute, split_layers
 from models.head import head_logits
@@ -124,22 +124,28 @@ def sample_tokens(
 
 
 def decode_chunk(
-    policy: Decoder, slots: Slots, *, steps: int, kv_limit: int, dtype: jnp.dtype,
+    policy: Decoder, slots: Slots, idle_budget: jax.Array, *, steps: int, dtype: jnp.dtype,
     filtered: bool, greedy: bool,
 ) -> tuple[Slots, Chunk]:  # fmt: skip
-    """Up to `steps` decode steps over all slots in one loop; ends early when every slot is idle.
+    """Up to `steps` decode steps over all slots in one loop.
 
-    `kv_limit` bounds the cached positions that attention reads: at least the longest live sequence plus
-    `steps`. The cache is cut to it once before the loop. Idle slots are computed and ignored.
+    Ends early when every slot is idle, or once idle slots have cost `idle_budget` slot-steps ([] int32):
+    the caller has work for them and knows what refilling them costs.
+
+    All of the given cache is read: it must hold the longest live sequence plus `steps`, and need not
+    hold more (`models.cache.split_cache`). Idle slots are computed and ignored.
     """
-    whole = slots.cache
-    slots = replace(slots, cache=narrow(whole, kv_limit))
     layers = split_layers(policy)  # sliced inside the loop, they would be copied in every step
     num_slots = slots.positions.shape[0]
     rows = jnp.arange(num_slots)
 
-    def one_step(carry: tuple[jax.Array, Slots, Chunk]) -> tuple[jax.Array, Slots, Chunk]:
-        step, slots, chunk = carry
+    def goes_on(carry: tuple[Slots, Chunk, jax.Array]) -> jax.Array:
+        slots, chunk, idle = carry
+        return (chunk.steps < steps) & jnp.any(slots.remaining > 0) & (idle < idle_budget)
+
+    def one_step(carry: tuple[Slots, Chunk, jax.Array]) -> tuple[Slots, Chunk, jax.Array]:
+        slots, chunk, idle = carry
+        step = chunk.steps
         alive = slots.remaining > 0
         inputs = slots.tokens[rows, slots.positions]
         hidden, cache = decode_step(
@@ -165,7 +171,7 @@ def decode_chunk(
             positions=jnp.where(remaining > 0, following, slots.positions),
             remaining=remaining,
         )
-        return step + 1, slots, chunk
+        return slots, chunk, idle + jnp.sum(remaining == 0, dtype=jnp.int32)
 
     empty = Chunk(
         tokens=jnp.zeros((steps, num_slots), jnp.int32),
@@ -174,12 +180,8 @@ def decode_chunk(
         remaining=slots.remaining,
         steps=jnp.int32(0),
     )
-    _, slots, chunk = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & jnp.any(carry[1].remaining > 0),
-        one_step,
-        (jnp.int32(0), slots, empty),
-    )
-    return replace(slots, cache=widen(slots.cache, whole)), chunk
+    slots, chunk, _ = jax.lax.while_loop(goes_on, one_step, (slots, empty, jnp.int32(0)))
+    return slots, chunk
 
 
 def recompute_cache(policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype) -> Slots:

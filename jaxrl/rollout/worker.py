@@ -11,14 +11,17 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 from jaxrl.buffer import BufferClosed, GroupBuffer, Ticket
 from jaxrl.observe import Observer
 from jaxrl.rewards.pool import RewardPool
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
-from jaxrl.tokenizer import Tokenizer
 from jaxrl.types import Completion, Finish, Reward, Rollout, RolloutGroup
 from jaxrl.weights import WeightStore
+
+if TYPE_CHECKING:  # it loads sentencepiece, which sampling does not need
+    from jaxrl.tokenizer import Tokenizer
 
 
 class RolloutWorker:
@@ -52,7 +55,9 @@ class RolloutWorker:
         try:
             while True:
                 self._take_tickets()
-                for request, completion in self._engine.run_chunk(self._store.current()):
+                more_waits = self._buffer.has_tickets
+                finished = self._engine.run_chunk(self._store.current(), more_waits=more_waits)
+                for request, completion in finished:
                     self._finish(request, completion)
         except BufferClosed:
             return

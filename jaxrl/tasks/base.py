@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from jaxrl.config import TaskConfig
 from jaxrl.types import Problem, Reward
@@ -50,6 +50,15 @@ class Task(Protocol):
         completion: generated text without the prompt and without the stop token.
         finished: a stop token ended it, not the length limit.
         """
+        ...
+
+
+@runtime_checkable
+class IsolatedTask(Protocol):
+    """A task whose `verify` runs in verifier processes only: it parses model text or foreign code."""
+
+    def load_verifier(self) -> None:
+        """Make `verify` ready. Called once in each verifier process, never in the trainer."""
         ...
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from models.config import ModelConfig
+from models.config import ModelConfig, RopeScaling
 from roofline.calibrate.measure import QUICKSTART, calibrate
 from roofline.hardware import Hardware
 from roofline.machine import Workload
@@ -56,6 +56,8 @@ def _model(path: Path) -> ModelConfig:
     for name in ("no_rope_layers", "eos_token_ids"):
         if name in fields:
             fields[name] = tuple(fields[name])
+    if fields.get("rope_scaling"):
+        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
     return ModelConfig(**fields)
 
 

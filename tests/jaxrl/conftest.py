@@ -1,10 +1,13 @@
 """A decoder small enough to compile in a second, and what runs on it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrl.config import (
@@ -22,6 +25,39 @@ from jaxrl.config import (
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.sharding import init_sharded, make_mesh
+
+
+@pytest.fixture(scope="session")
+def golden_cases(shared_data: Path) -> list[dict[str, Any]]:
+    """Published values with their sources."""
+    return json.loads((shared_data / "goldens" / "losses.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def assert_golden() -> Callable[[dict[str, Any], Any], None]:
+    """`assert_golden(case, got)`: each of the case's expected values, to its own tolerance."""
+    float32_rtol = 2e-6  # a few roundings of float32, where a case asks for more digits than that
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, list):
+            return [numbers(v) for v in value]
+        return float("nan") if value == "NaN" else value
+
+    def check(case: dict[str, Any], got: Any) -> None:
+        expected = case["expected"]
+        if not isinstance(expected, dict):
+            got, expected = {"value": got}, {"value": expected}
+        assert set(got) == set(expected)
+        for name, value in got.items():
+            np.testing.assert_allclose(
+                np.asarray(value, float).reshape(np.shape(expected[name])),
+                np.array(numbers(expected[name]), float),
+                rtol=max(case["rtol"], float32_rtol),
+                atol=case["atol"],
+                err_msg=f"case {case['id']} {name}: {case['source']}",
+            )
+
+    return check
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from jaxrl.algorithms.advantages import group_advantages, zero_variance
+from jaxrl.algorithms.advantages import (
+    gae,
+    group_advantages,
+    high_entropy_mask,
+    selected_samples,
+    whiten,
+    zero_variance,
+)
 
 PAPER_ATOL = 1e-3  # the reference values are given to four digits
 ROUNDING = 1e-9  # float64 sums of a few rewards of size 100
@@ -105,3 +112,48 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_group():
 def test_rewards_without_a_group_dimension_are_refused():
     with pytest.raises(ValueError, match="samples per prompt"):
         group_advantages(np.array([0.0, 1.0]))
+
+
+def test_without_a_baseline_the_advantage_is_the_reward():
+    rewards = np.array([[1.0, 1.0], [0.0, 1.0]])
+    got = group_advantages(rewards, baseline="none", scale="none")
+    np.testing.assert_array_equal(got, rewards)
+
+
+def test_the_group_mean_as_scale_makes_rare_successes_weigh_more():
+    got = group_advantages(np.array([[1.0, 0, 0, 0], [1.0, 1, 1, 0]]), scale="group_mean")
+    np.testing.assert_allclose(got, [[3.0, -1, -1, -1], [1 / 3, 1 / 3, 1 / 3, -1]])
+
+
+@pytest.mark.parametrize(
+    ("gae_lambda", "advantages", "returns"),
+    [(1.0, [0.8, 0.5, 0.3], [1.0, 1.0, 1.0]), (0.95, [0.76075, 0.485, 0.3], [0.96075, 0.985, 1.0])],
+)
+def test_generalised_advantages_are_the_published_ones(gae_lambda, advantages, returns):
+    values = np.array([0.2, 0.5, 0.7, 0.0])
+    got = gae(np.array([0.0, 0, 1]), values, np.ones(3), gae_lambda)
+    np.testing.assert_allclose(got, advantages, rtol=ROUNDING)
+    np.testing.assert_allclose(got + values[:-1], returns, rtol=ROUNDING)
+
+
+def test_whitening_ignores_what_is_masked_out():
+    mask = np.array([True, True, False, True])
+    got = whiten(np.array([1.0, 2.0, 1e9, 3.0]), mask)
+    np.testing.assert_allclose(got[mask], [-1, 0, 1], atol=1e-7)
+
+
+def test_the_best_sample_of_a_group_is_its_first_best():
+    rewards = np.array([[0.0, 1, 1], [0, 0, 0]])
+    got = selected_samples(rewards, rewards > 0, "best")
+    np.testing.assert_array_equal(got, [[False, True, False], [True, False, False]])
+    np.testing.assert_array_equal(selected_samples(rewards, rewards > 0, "correct"), rewards > 0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.5, 1.0])
+def test_the_share_of_high_entropy_tokens_is_kept(share):
+    entropy = np.random.default_rng(0).random((10, 100))
+    mask = np.arange(100)[None] < np.arange(10, 110, 10)[:, None]
+    kept = high_entropy_mask(entropy, mask, share)
+    assert not (kept & ~mask).any()
+    assert kept.sum() == pytest.approx(share * mask.sum(), abs=1)
+    assert entropy[kept].min() >= entropy[mask & ~kept].max(initial=0.0)

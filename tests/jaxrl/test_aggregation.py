@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxrl.algorithms.aggregation import token_weights
 
-MODES = ["token_mean", "sequence_mean", "prompt_mean", "constant"]
+MODES = ["token_mean", "sequence_mean", "prompt_mean", "constant", "constant_sum", "sequence_sum"]
 COUNTS = np.array([2, 4, 0, 6, 3])
 GROUPS = np.array([7, 7, 7, 3, 3])
 ROUNDING = 1e-12  # float64
@@ -23,6 +23,8 @@ deterministic = settings(deadline=None, derandomize=True, max_examples=60)
         ("sequence_mean", [1 / 8, 1 / 16, 0, 1 / 24, 1 / 12]),
         ("prompt_mean", [1 / 12, 1 / 12, 0, 1 / 18, 1 / 18]),
         ("constant", [1 / 40, 1 / 40, 0, 1 / 40, 1 / 40]),
+        ("constant_sum", [1 / 10, 1 / 10, 0, 1 / 10, 1 / 10]),
+        ("sequence_sum", [1 / 4, 1 / 4, 0, 1 / 4, 1 / 4]),
     ],
 )
 def test_weights_are_the_stated_denominators(mode, expected):
@@ -78,6 +80,16 @@ def test_sequences_without_loss_leave_the_others_as_they_were(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_batch_without_loss_tokens_has_zero_weights(mode):
     assert (token_weights(np.zeros(3), np.arange(3), mode=mode) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("sequence_mean", 1 / 10), ("prompt_mean", 1 / 12), ("constant", 1 / 50)]
+)
+def test_empty_sequences_may_count_in_the_denominator(mode, expected):
+    """Five sequences, one of them empty."""
+    got = token_weights(COUNTS, GROUPS, mode=mode, constant=10, count_empty=True)
+    np.testing.assert_allclose(got[0], expected, rtol=ROUNDING)
+    assert got[2] == 0
 
 
 def test_a_constant_that_is_not_positive_is_refused():

@@ -92,7 +92,10 @@ def test_a_misspelt_option_names_its_neighbour(word, near, capsys):
     [
         ("--grpo.clip-high=abc", "could not convert string to float: 'abc'"),
         ("--train.steps=1.5", "--train.steps"),
-        ("--grpo.ratio=foo", "Expected one of ('ppo', 'cispo', 'reinforce', 'gspo')"),
+        (
+            "--grpo.ratio=foo",
+            "Expected one of ('ppo', 'cispo', 'reinforce', 'gspo', 'gspo_token', 'sapo', 'dppo')",
+        ),
         ("--task.worked=yes", "Expected one of ('True', 'False')"),
         ("--grpo.group-size=1", "a group needs at least 2 samples"),
         ("--train.row-tokens=3", "set train.row_tokens to at least 64"),

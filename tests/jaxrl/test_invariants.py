@@ -45,7 +45,7 @@ def known_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(config: Config) -> list[dict[str, float]]:
     """Run to the end in this process; the lines of metrics.jsonl."""
-    train.run(ParsedArgs(config=config, dry_run=False, debug=False), [])
+    train.run(ParsedArgs(config=config, dry_run=False, debug=False, list_algorithms=False), [])
     return metrics_of(config.run.dir)
 
 

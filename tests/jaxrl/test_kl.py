@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.kl import k1, k2, k3, kl_estimate
+from jaxrl.algorithms.kl import adapted_kl_weight, k1, k2, k3, k3_straight, kl_estimate, kl_term
 
 DIGITS = 1e-6  # the reference values are given to six digits
 FLOAT32 = 2e-6  # sums of five float32 terms of size 1
@@ -71,7 +71,47 @@ def test_k3_stays_finite_where_the_policy_gives_the_token_no_probability():
     assert float(slope) == 0.0
 
 
-@pytest.mark.parametrize(("name", "function"), [("k1", k1), ("k2", k2), ("k3", k3)])
+@pytest.mark.parametrize(
+    ("name", "function"), [("k1", k1), ("k2", k2), ("k3", k3), ("k3_straight", k3_straight)]
+)
 def test_the_name_selects_the_estimator(name, function):
     got = kl_estimate(LOGITS, REFERENCE, name)
     np.testing.assert_array_equal(got, function(LOGITS, REFERENCE))
+
+
+def test_k3_straight_has_the_value_of_k3_and_the_gradient_of_k2():
+    np.testing.assert_allclose(k3_straight(LOGITS, REFERENCE), k3(LOGITS, REFERENCE), atol=FLOAT32)
+    got = jax.grad(lambda x: k3_straight(x, REFERENCE).sum())(LOGITS)
+    np.testing.assert_array_equal(got, jax.grad(lambda x: k2(x, REFERENCE).sum())(LOGITS))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_importance_weighting_makes_the_gradient_that_of_the_reverse_kl(estimator):
+    """Samples of another policy q, ratio p / q: the expected gradient is that of KL(p || reference)."""
+    q = jax.nn.softmax(jnp.array([0.1, 0.2, -0.3, 0.4, 0.0]))
+
+    def loss(x):
+        log_p = jax.nn.log_softmax(x)
+        ratio = jnp.exp(log_p) / q
+        return jnp.sum(q * kl_term(log_p, REFERENCE, estimator, ratio=ratio))
+
+    expected = jax.grad(lambda x: _kl(jax.nn.log_softmax(x), REFERENCE))(LOGITS)
+    np.testing.assert_allclose(jax.grad(loss)(LOGITS), expected, atol=FLOAT32)
+
+
+def test_a_bounded_value_has_no_gradient():
+    value, slope = jax.value_and_grad(
+        lambda x: kl_term(x, jnp.float32(0), "k1", ratio=jnp.exp(x), bound=2.0)
+    )(jnp.float32(3.0))
+    np.testing.assert_allclose(value, 2.0 * np.exp(3.0), rtol=FLOAT32)
+    assert float(slope) == 0.0
+
+
+def test_the_controller_moves_the_weight_towards_the_target_by_at_most_a_fifth():
+    def adapted(kl):
+        return adapted_kl_weight(0.1, kl, target=2.0, horizon=100, num_samples=100)
+
+    assert adapted(2.0) == pytest.approx(0.1)
+    assert adapted(2.2) == pytest.approx(0.11)
+    assert adapted(50.0) == pytest.approx(0.12)
+    assert adapted(-1.0) == pytest.approx(0.08)

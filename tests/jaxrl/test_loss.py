@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.aggregation import token_weights
-from jaxrl.algorithms.loss import (
-    finish_metrics,
-    merge_metrics,
-    policy_loss,
-    sft_loss,
-    zero_metrics,
-)
+from jaxrl.algorithms.loss import policy_loss, sft_loss
+from jaxrl.algorithms.loss_metrics import finish_metrics, merge_metrics, zero_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.packing import TrainSequence, pack

@@ -1,15 +1,19 @@
 """From groups of rollouts to training sequences: advantages, filters, weights, curves."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from jaxrl.algorithms.advantages import group_advantages
+from jaxrl.algorithms.rewards import shaped_rewards
 from jaxrl.config import GrpoConfig
 from jaxrl.packing import groups_to_sequences
 from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
 
 ROUNDING = 1e-6  # float32 fields against float64 arithmetic
 MAX_NEW = 10
+ARRAYS = ("tokens", "loss_mask", "sampler_logprobs", "advantages", "token_weights")
 
 
 def _group(prompt: list[int], samples: list[tuple[int, float, Finish]]) -> RolloutGroup:
@@ -55,7 +59,7 @@ def test_a_sequence_is_prompt_then_completion_with_loss_on_the_completion():
     advantage = group_advantages(np.array([[1.0, 0.0, 0.0]]))[0, 1]
     np.testing.assert_allclose(first.advantages, [0, 0] + [advantage] * 4, rtol=ROUNDING)
     np.testing.assert_allclose(first.token_weights, [0, 0] + [1 / 16] * 4, rtol=ROUNDING)
-    dtypes = {n: getattr(first, n).dtype.name for n in first.__dataclass_fields__}
+    dtypes = {n: getattr(first, n).dtype.name for n in ARRAYS}
     assert dtypes == {
         "tokens": "int32",
         "loss_mask": "bool",
@@ -70,7 +74,7 @@ def test_groups_of_equal_rewards_leave_the_batch_and_its_denominators():
     beside, curves = groups_to_sequences([SOLVED, MIXED, SOLVED], GrpoConfig(), MAX_NEW)
     assert len(beside) == len(alone) == 3
     for a, b in zip(alone, beside, strict=True):
-        for name in a.__dataclass_fields__:
+        for name in ARRAYS:
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
     assert curves["filter/dropped_groups"] == 2.0
     assert curves["filter/frac_reward_zero_std"] == pytest.approx(2 / 3)
@@ -146,3 +150,52 @@ def test_curves_describe_all_samples():
 
 def test_no_groups_make_no_sequences():
     assert groups_to_sequences([], GrpoConfig(), MAX_NEW) == ([], {})
+
+
+def test_shaped_rewards_are_shifted_scaled_and_pay_for_length():
+    """MIXED has lengths 2, 4, 10 and rewards 1, 0, 0; the limit is 10, the buffer 4."""
+    settings = GrpoConfig(
+        reward_shift=-0.5, reward_scale=2.0, length_reward="soft_overlong", overlong_buffer=4
+    )
+    np.testing.assert_allclose(shaped_rewards([MIXED], settings, MAX_NEW), [[1, -1, -2]])
+    spared = dataclasses.replace(settings, overlong_on="correct")
+    np.testing.assert_allclose(shaped_rewards([MIXED], spared, MAX_NEW), [[1, -1, -1]])
+
+
+def test_controls_pay_a_coin_or_the_form():
+    groups = [MIXED, SOLVED, OTHER] * 20
+    coins = shaped_rewards(groups, GrpoConfig(reward_from="random"), MAX_NEW)
+    assert set(np.unique(coins)) == {0.0, 1.0}
+    np.testing.assert_array_equal(
+        coins, shaped_rewards(groups, GrpoConfig(reward_from="random"), MAX_NEW)
+    )
+    form = shaped_rewards(groups, GrpoConfig(reward_from="format"), MAX_NEW)
+    assert (form == 0.5).all()  # the parts of these verdicts
+
+
+def test_signal_may_mean_correctness_alone():
+    """All correct, but one pays for its length: signal in the total, none in correctness."""
+    group = _group([7], [(2, 1.0, S), (9, 1.0, S)])
+    settings = GrpoConfig(length_reward="soft_overlong", overlong_buffer=4)
+    kept, _ = groups_to_sequences([group], settings, MAX_NEW)
+    assert len(kept) == 2
+    by_correctness = dataclasses.replace(settings, signal_from="correct")
+    assert groups_to_sequences([group], by_correctness, MAX_NEW)[0] == []
+
+
+def test_only_correct_samples_may_be_trained_on():
+    settings = GrpoConfig(
+        keep_samples="correct", advantage_baseline="none", advantage_scale="none",
+        drop_zero_advantage=False,
+    )  # fmt: skip
+    sequences, _ = groups_to_sequences([MIXED, SOLVED], settings, MAX_NEW)
+    assert [len(s.tokens) for s in sequences] == [4, 2, 3, 4]
+    assert {float(s.advantages[-1]) for s in sequences} == {1.0}
+    np.testing.assert_allclose(sequences[0].token_weights[-1], 1 / 8, rtol=ROUNDING)
+
+
+def test_truncated_samples_may_count_in_the_denominator():
+    settings = GrpoConfig(mask_truncated=True, count_masked=True, aggregation="sequence_mean")
+    sequences, _ = groups_to_sequences([MIXED], settings, MAX_NEW)
+    assert len(sequences) == 2
+    np.testing.assert_allclose(sequences[0].token_weights[-1], 1 / (3 * 2), rtol=ROUNDING)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.ratios import cispo, gspo, policy_ratio, ppo_clip, reinforce, segment_mean
+from jaxrl.algorithms.ratios import cispo, dppo, gspo, policy_ratio, ppo_clip, reinforce, sapo
+from jaxrl.algorithms.segments import segment_mean
 
 FLOAT32 = 3e-6  # relative, a few roundings of exp and log
 DIGITS = 1e-5  # the reference values are given to five or six digits
@@ -141,3 +142,59 @@ def test_absurd_ratios_are_finite_and_without_gradient(difference):
     )
     assert np.isfinite(value)
     assert float(slope) == 0.0
+
+
+def test_the_dual_clip_is_the_two_sided_clip():
+    """INTELLECT-2: the unclipped branch has min(ratio, delta), delta > 1 + clip_high."""
+    ratio = np.exp(np.asarray(LOGPROBS) - np.asarray(OLD)) * 2
+    old = jnp.asarray(np.asarray(LOGPROBS) - np.log(ratio))
+    a = np.asarray(ADVANTAGES)
+    expected = -np.minimum(np.minimum(ratio, 2.0) * a, np.clip(ratio, 0.8, 1.2) * a)
+    got = ppo_clip(LOGPROBS, old, ADVANTAGES, clip_low=0.2, clip_high=0.2, dual_clip=2.0)
+    assert np.asarray(got.clipped_dual).any()
+    np.testing.assert_allclose(got.losses, expected, rtol=FLOAT32)
+
+
+def test_sapo_has_slope_one_at_ratio_one_and_fades_on_both_sides():
+    def slope(x, advantage):
+        return jax.grad(
+            lambda y: sapo(
+                y, _row([0.0]), _row([advantage]), tau_positive=1.0, tau_negative=2.0
+            ).losses.sum()
+        )(_row([x]))
+
+    assert float(slope(0.0, 1.0)[0, 0]) == pytest.approx(-1.0)
+    assert float(slope(0.0, -1.0)[0, 0]) == pytest.approx(1.0)
+    assert abs(float(slope(2.5, 1.0)[0, 0])) < 0.1
+    assert abs(float(slope(2.5, -1.0)[0, 0])) < abs(float(slope(2.5, 1.0)[0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("advantage", "logprob", "held"),
+    [
+        (1.0, -0.3, True),
+        (1.0, -2.0, False),
+        (-1.0, -2.0, True),
+        (-1.0, -0.3, False),
+        (1.0, -0.9, False),
+    ],
+)
+def test_dppo_holds_a_token_that_moved_far_in_the_direction_of_its_advantage(
+    advantage, logprob, held
+):
+    got = dppo(_row([logprob]), _row([-1.0]), _row([advantage]), delta=0.2)
+    assert bool((got.clipped_low | got.clipped_high)[0, 0]) == held
+    expected = 0.0 if held else -advantage * np.exp(logprob + 1.0)
+    np.testing.assert_allclose(got.losses, [[expected]], rtol=FLOAT32)
+
+
+def test_gspo_takes_the_mean_advantage_of_the_sequence_and_gspo_token_each_tokens_own():
+    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+    mask = jnp.array([[False, True, True, True, True, False]])
+    advantages = _row([9.0, 1.0, 0.0, -1.0, -3.0, 9.0])
+    x, old = LOGPROBS[:1, :6], OLD[:1, :6]
+    arguments = {"clip_low": 1.0, "clip_high": 9.0}
+    whole = gspo(x, old, advantages, segments, mask, **arguments)
+    own = gspo(x, old, advantages, segments, mask, per_token=True, **arguments)
+    np.testing.assert_allclose(whole.losses / whole.ratio, -_row([0.5] * 3 + [-2.0] * 2 + [0.0]))
+    np.testing.assert_allclose(own.losses / own.ratio, -advantages, rtol=FLOAT32)

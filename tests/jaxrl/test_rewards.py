@@ -15,7 +15,7 @@ import pytest
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
-from jaxrl.rewards import RewardPool, VerifierError
+from jaxrl.rewards.pool import RewardPool, VerifierError
 from jaxrl.tasks import make_task
 from jaxrl.types import Problem, Reward
 
@@ -260,7 +260,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
     code = """
         import os, signal
         from jaxrl.config import TaskConfig
-        from jaxrl.rewards import RewardPool
+        from jaxrl.rewards.pool import RewardPool
         pool = RewardPool(TaskConfig(), 0, 2, 10.0, 0.0)
         problem = pool._task.problems("train")[0]
         pool.submit(problem, "", True).result()
@@ -291,7 +291,7 @@ def test_a_models_folder_in_the_working_directory_does_not_shadow_the_workers(tm
     code = f"""
         import sys; sys.path[0:0] = [{str(root)!r}]
         from jaxrl.config import TaskConfig
-        from jaxrl.rewards import RewardPool
+        from jaxrl.rewards.pool import RewardPool
         with RewardPool(TaskConfig(), 0, 1, 10.0, 0.0) as pool:
             problem = pool._task.problems("train")[0]
             print(pool.submit(problem, problem.answer, True).result().total)

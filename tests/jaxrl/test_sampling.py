@@ -1,5 +1,8 @@
 """The distribution that is sampled from, and the slots that sample it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +24,8 @@ STOP = 1
 def make_engine(policy: Decoder, **settings: object) -> RolloutEngine:
     defaults = {
         "num_slots": 6, "max_prompt_tokens": 8, "max_new_tokens": 10, "chunk_steps": 3,
-        "num_stop_ids": 1, "dtype": jnp.float32, "seed": 0, "observer": Observer(),
+        "refill_cost_steps": 1.0, "num_stop_ids": 1, "dtype": jnp.float32, "seed": 0,
+        "observer": Observer(),
     }  # fmt: skip
     return RolloutEngine(policy.config, make_mesh(jax.devices()[:1]), **(defaults | settings))
 
@@ -134,17 +138,31 @@ def test_new_prompts_compile_nothing_new(tiny_policy: Decoder) -> None:
 
 def test_a_prompt_is_prefilled_once_for_its_group(tiny_policy: Decoder) -> None:
     """Six slots, groups of 4: a group that enters in two parts must not be prefilled again."""
-    engine = make_engine(tiny_policy)
-    calls: list[int] = []
-    prefill = engine._prefill_prompts
+    seen: list[int] = []
 
-    def counted(snapshot: Snapshot, requests):
-        calls.extend({request.stream for request in requests})
-        return prefill(snapshot, requests)
+    class Counter(Observer):
+        @contextmanager
+        def prefill(self, *, version: int) -> Iterator[dict[str, int]]:
+            work: dict[str, int] = {}
+            yield work
+            seen.append(work["prompts"])
 
-    engine._prefill_prompts = counted  # type: ignore[method-assign]
-    sample_all(engine, tiny_policy, 5, 4)
-    assert sorted(calls) == [0, 1, 2, 3, 4]
+    sample_all(make_engine(tiny_policy, observer=Counter()), tiny_policy, 5, 4)
+    assert 0 in seen  # a second part of a group entered by copies alone
+    assert sum(seen) == 5
+
+
+def test_a_chunk_ends_once_idle_slots_cost_a_refill_and_work_waits(tiny_policy: Decoder) -> None:
+    engine = make_engine(tiny_policy, num_slots=4, chunk_steps=8, refill_cost_steps=0.5)
+    snapshot = Snapshot(version=0, policy=tiny_policy)
+    for stream, limit in enumerate((2, 8, 8, 8, 3)):
+        params = SamplingParams(max_new_tokens=limit, stop_ids=())
+        engine.submit(Request(stream=stream, prompt=(2, 3), sample_indices=(0,), params=params))
+    # one slot is idle after step 2: two slot-steps are lost after step 3
+    assert [len(c.tokens) for _, c in engine.run_chunk(snapshot)] == [2]
+    assert {live.length for live in engine._live.values()} == {2 + 3}
+    # nothing waits any more: the next chunk runs until all are done
+    assert sorted(len(c.tokens) for _, c in engine.run_chunk(snapshot)) == [3, 8, 8, 8]
 
 
 def test_tokens_carry_the_version_that_made_them(tiny_policy: Decoder) -> None:

@@ -91,10 +91,10 @@ def test_a_second_real_checkpoint_loads(shared_data: Path):
 
 
 def test_a_folder_without_a_tokenizer_says_what_is_supported(tmp_path: Path):
-    with pytest.raises(UserError, match=r"has no tokenizer; supported now: .*tokenizer\.model"):
+    with pytest.raises(UserError, match=r"has no tokenizer; supported are .*tokenizer\.model"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"only as tokenizer\.json .*supported now"):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"only as vocab\.json .*save_pretrained"):
         load_tokenizer(tmp_path)
 
 
@@ -114,3 +114,6 @@ def test_a_broken_file_is_named(tmp_path: Path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"tokenizer\.model cannot be read"):
         SentencePieceTokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        load_tokenizer(tmp_path)

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.cache import KEY_BLOCK, init_cache, insert_prompts, narrow, widen
+from models.cache import (
+    KEY_BLOCK,
+    SEGMENTS,
+    init_cache,
+    insert_prompts,
+    join_cache,
+    segment_sizes,
+    split_cache,
+)
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute, split_layers
 
@@ -57,20 +65,17 @@ def full(policy, tokens, dtype=F32):
     return hidden_states(policy, tokens, positions, jnp.ones_like(tokens), dtype=dtype)
 
 
-@partial(jax.jit, static_argnames=("lengths", "slots", "dtype", "kv_limit"))
-def decode_from(policy, tokens, cache, *, lengths, slots, dtype=F32, kv_limit=None):
+@partial(jax.jit, static_argnames=("lengths", "slots", "dtype"))
+def decode_from(policy, tokens, cache, *, lengths, slots, dtype=F32):
     """Feed row b's tokens from position lengths[b] - 1 on into slots[b]; hidden [B, steps, D]."""
-    num_slots, rows, slots = cache.values[0].shape[0], np.arange(len(slots)), np.asarray(slots)
-
-    layers = None if kv_limit else split_layers(policy)
+    num_slots, rows, slots = cache.values[0][0].shape[0], np.arange(len(slots)), np.asarray(slots)
+    layers = split_layers(policy)
 
     def step(cache, i):
         at = jnp.asarray(lengths) - 1 + i
         fed = jnp.zeros(num_slots, jnp.int32).at[slots].set(tokens[rows, at])
         positions = jnp.zeros(num_slots, jnp.int32).at[slots].set(at)
-        hidden, cache = decode_step(
-            policy, cache, fed, positions, dtype=dtype, kv_limit=kv_limit, layers=layers
-        )
+        hidden, cache = decode_step(policy, cache, fed, positions, dtype=dtype, layers=layers)
         return cache, hidden[slots]
 
     cache, hidden = jax.lax.scan(step, cache, jnp.arange(tokens.shape[1] - max(lengths) + 1))
@@ -98,32 +103,41 @@ def test_cached_decode_in_bfloat16_stays_near_the_float32_forward():
     decoded, cache = decode_from(
         half, tokens, cache, lengths=(1, 1), slots=(0, 1), dtype=jnp.bfloat16
     )
-    assert cache.keys[0].dtype == jnp.bfloat16
+    assert cache.keys[0][0].dtype == jnp.bfloat16
     np.testing.assert_allclose(decoded.astype(F32), full(policy, tokens), atol=BF16_ATOL)
 
 
-@pytest.mark.parametrize("limit", [30, 64, 90])
-def test_reading_only_the_needed_prefix_changes_nothing(limit):
-    policy, tokens = make(TINY), tokens_of(2, 20)
-    cache = init_cache(TINY, 2, 90, F32)
-    decoded, _ = decode_from(policy, tokens, cache, lengths=(1, 1), slots=(0, 1), kv_limit=limit)
-    np.testing.assert_allclose(decoded, full(policy, tokens), atol=F32_ATOL)
+@pytest.mark.parametrize("max_tokens", [20, 33, 70, 130, 300])
+def test_segments_cover_the_cache_in_whole_blocks(max_tokens):
+    sizes = segment_sizes(max_tokens)
+    assert len(sizes) <= SEGMENTS
+    assert sum(sizes) == -(-max_tokens // KEY_BLOCK) * KEY_BLOCK
+    assert all(size % KEY_BLOCK == 0 for size in sizes)
 
 
-def test_a_narrowed_cache_decodes_the_same_and_widens_back():
+def test_sequences_decode_across_segments_as_in_the_full_forward():
+    policy, tokens = make(TINY), tokens_of(2, 70)
+    keys, values = prefill(policy, tokens[:, :40], dtype=F32)
+    cache = init_cache(TINY, 2, 130, F32)
+    cache = insert_prompts(cache, keys, values, jnp.arange(2), jnp.arange(2))
+    decoded, _ = decode_from(policy, tokens, cache, lengths=(40, 30), slots=(0, 1))
+    reference = full(policy, tokens)
+    np.testing.assert_allclose(decoded[0], reference[0, 39:], atol=F32_ATOL)
+    np.testing.assert_allclose(decoded[1], reference[1, 29:60], atol=F32_ATOL)
+
+
+def test_the_first_segments_alone_decode_the_same_and_join_back():
     policy, tokens = make(TINY), tokens_of(2, 20)
     keys, values = prefill(policy, tokens[:, :4], dtype=F32)
     noise = jax.tree.map(lambda x: x + 7.0, init_cache(TINY, 2, 3 * KEY_BLOCK, F32))
     cache = insert_prompts(noise, keys, values, jnp.arange(2), jnp.arange(2))
-    part = narrow(cache, 20)
-    assert part.max_tokens == KEY_BLOCK
+    part, rest = split_cache(cache, 20)
+    assert (part.segments, rest.segments) == ((KEY_BLOCK,), (KEY_BLOCK, KEY_BLOCK))
     decoded, part = decode_from(policy, tokens, part, lengths=(4, 4), slots=(0, 1))
     np.testing.assert_allclose(decoded, full(policy, tokens)[:, 3:], atol=F32_ATOL)
-    wide = widen(part, cache)
-    assert bool(jnp.all(wide.values[0][:, :, KEY_BLOCK:] == 7.0))
-    assert bool(jnp.all(wide.keys[0][:, :, 1:] == 7.0))
-    again = narrow(wide, 20)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), part, again))
+    whole = join_cache(part, rest)
+    assert jax.tree.structure(whole) == jax.tree.structure(cache)
+    assert all(bool(jnp.all(x == 7.0)) for x in (*whole.keys[0][1:], *whole.values[0][1:]))
 
 
 def test_a_prompt_may_enter_several_slots_and_padding_slots_are_dropped():
@@ -133,11 +147,11 @@ def test_a_prompt_may_enter_several_slots_and_padding_slots_are_dropped():
     rows, slots = jnp.array([1, 1, 0, 0]), jnp.array([0, 3, 4, -1])
     after = insert_prompts(cache, keys, values, rows, slots)
     for layer in range(TINY.num_layers):
-        assert bool(jnp.all(after.values[layer][1:3] == 7.0))
+        assert bool(jnp.all(after.values[layer][0][1:3] == 7.0))
         for slot in (0, 3):
-            assert bool(jnp.all(after.values[layer][slot, :, :6] == values[layer][1]))
+            assert bool(jnp.all(after.values[layer][0][slot, :, :6] == values[layer][1]))
             assert bool(
-                jnp.all(after.keys[layer][slot, :, 0, :, :6] == keys[layer][1, :, 0, :, :6])
+                jnp.all(after.keys[layer][0][slot, :, 0, :, :6] == keys[layer][1, :, 0, :, :6])
             )
 
 

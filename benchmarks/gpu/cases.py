@@ -1,0 +1,203 @@
+"""What the suite measures and at which shapes. Loads no jax.
+
+B rows, T tokens, S cached keys, P prompts, G samples per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from models.config import ModelConfig
+from roofline.cost import Remat
+from roofline.machine import Workload
+
+Kind = Literal[
+    "calibrate", "decode", "prefill", "score", "train", "optimizer", "publish", "rollout", "grpo",
+    "peers",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Peer = Literal["", "generate", "generate-static", "train"]
+
+WARM_UPS, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 100
+"""Calls before the timed ones (the first compiles), and how many are timed: a case's median is over them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """One row of the results."""
+
+    kind: Kind
+    model: str
+    rows: int = 0
+    """decode: slots; prefill: prompts; score and train: packed rows."""
+    tokens: int = 0
+    """decode: tokens a slot has room for; else tokens of each row."""
+    remat: Remat = "none"
+    max_staleness: int = 0
+    """grpo: 0 is synchronous."""
+    peer: Peer = ""
+    """peers: what transformers and PyTorch do."""
+
+    @property
+    def name(self) -> str:
+        """Unique within a scale: `qwen3-0.6b train 8x2048 remat`."""
+        words = [self.model, self.kind]
+        if self.peer:
+            words.append(self.peer)
+        if self.rows:
+            words.append(f"{self.rows}x{self.tokens}")
+        if self.remat == "block":
+            words.append("remat")
+        if self.kind == "grpo":
+            words.append("asynchronous" if self.max_staleness else "synchronous")
+        return " ".join(words)
+
+    @property
+    def process(self) -> str:
+        """Cases of one process follow one another in it; a process's peak memory is its largest case's."""
+        share = {
+            "prefill": "forward",
+            "score": "forward",
+            "optimizer": "learner",
+            "publish": "learner",
+        }
+        return self.name if self.kind in ("grpo", "peers") else (
+            f"{self.model} {share.get(self.kind, self.kind)}"
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """The shape of one GRPO step; the rollout alone is the same without training."""
+
+    prompts: int
+    """P."""
+    group: int
+    """G."""
+    prompt_tokens: int
+    new_tokens: int
+    """Every completion has as many: random weights do not stop by themselves."""
+
+    @property
+    def samples(self) -> int:
+        """P * G, as many as there are slots."""
+        return self.prompts * self.group
+
+    @property
+    def length(self) -> int:
+        """Tokens of a whole sequence."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """All shapes of one run of the suite."""
+
+    name: Literal["gpu", "tiny"]
+    models: Mapping[str, ModelConfig]
+    dtype: Literal["bfloat16", "float32"]
+    decode: tuple[tuple[int, int], ...]
+    """(slots, tokens a slot has room for), the smaller memory first."""
+    chunk_steps: int
+    """Decode steps per program."""
+    prefill: tuple[tuple[int, int], ...]
+    """(prompts, tokens)."""
+    packed: tuple[tuple[int, int], ...]
+    """(rows, tokens of a row) of scoring and training, the smaller first."""
+    sequence: int
+    """Tokens of each sequence that is packed into rows; divides them."""
+    chunk_tokens: int
+    """Tokens whose logits exist at once in scoring and training."""
+    rollout: Rollout
+    seconds: float
+    """Time spent on the repeats of a case [s]; at least MIN_ROUNDS are made."""
+    calibration_s: float
+    """Budget of one model's calibration [s]."""
+    static_peer: bool
+    """Also measure transformers with a static cache, which it compiles (minutes)."""
+
+    def workload(self) -> Workload:
+        """Shapes that calibration measures at."""
+        rows, tokens = self.packed[-1]
+        return Workload(
+            slots=self.rollout.samples, kv_len=self.rollout.length, chunk_steps=self.chunk_steps,
+            rows=rows, row_tokens=tokens, chunk_tokens=self.chunk_tokens, dtype=self.dtype,
+            remat="block",
+        )  # fmt: skip
+
+    def cases(self) -> list[Case]:
+        """All cases, in the order in which they are run."""
+        return [case for model in self.models for case in self._cases_of(model)]
+
+    def _cases_of(self, model: str) -> list[Case]:
+        cases = [Case(kind="calibrate", model=model)]
+        cases += [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode]
+        for remat in ("block", "none"):
+            cases += [
+                Case(kind="train", model=model, rows=b, tokens=t, remat=remat)
+                for b, t in self.packed
+            ]
+        cases.append(Case(kind="rollout", model=model))
+        rows, tokens = self.packed[-1]
+        cases.append(Case(kind="peers", model=model, peer="generate"))
+        cases += [
+            Case(kind="peers", model=model, peer="train", rows=rows, tokens=tokens, remat=remat)
+            for remat in ("none", "block")
+        ]
+        cases += [Case(kind="prefill", model=model, rows=b, tokens=t) for b, t in self.prefill]
+        cases += [Case(kind="score", model=model, rows=b, tokens=t) for b, t in self.packed]
+        cases += [Case(kind="optimizer", model=model), Case(kind="publish", model=model)]
+        cases += [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
+        if self.static_peer:
+            cases.append(Case(kind="peers", model=model, peer="generate-static"))
+        return cases
+
+
+def _qwen3(width: int, ffw_size: int) -> ModelConfig:
+    """Qwen3 with 28 layers, as its config.json says (Hugging Face Qwen/Qwen3-0.6B and -1.7B)."""
+    return ModelConfig(
+        family="qwen3", vocab_size=151_936, width=width, num_layers=28, num_heads=16,
+        num_kv_heads=8, head_size=128, ffw_size=ffw_size, max_positions=40_960, rope_theta=1e6,
+        norm_eps=1e-6, qk_norm=True, tied_embeddings=True,
+    )  # fmt: skip
+
+
+GPU = Scale(
+    name="gpu",
+    models={"qwen3-0.6b": _qwen3(1024, 3072), "qwen3-1.7b": _qwen3(2048, 6144)},
+    dtype="bfloat16",
+    decode=((1, 512), (1, 2048), (64, 512), (64, 2048), (256, 512), (512, 512), (256, 2048), (512, 2048)),
+    chunk_steps=32,
+    prefill=((32, 512), (8, 2048)),
+    packed=((2, 2048), (8, 2048)),
+    sequence=512,
+    chunk_tokens=4096,
+    rollout=Rollout(prompts=32, group=8, prompt_tokens=256, new_tokens=256),
+    seconds=3.0,
+    calibration_s=60.0,
+    static_peer=True,
+)  # fmt: skip
+TINY = Scale(
+    name="tiny",
+    models={
+        "tiny": ModelConfig(
+            family="qwen3", vocab_size=64, width=32, num_layers=1, num_heads=4, num_kv_heads=2,
+            head_size=8, ffw_size=64, max_positions=64, norm_eps=1e-6, qk_norm=True,
+        ),
+    },
+    dtype="float32",
+    decode=((2, 32), (4, 32)),
+    chunk_steps=4,
+    prefill=((2, 16),),
+    packed=((1, 32), (2, 32)),
+    sequence=16,
+    chunk_tokens=32,
+    rollout=Rollout(prompts=2, group=2, prompt_tokens=20, new_tokens=12),
+    seconds=0.05,
+    calibration_s=2.0,
+    static_peer=False,
+)  # fmt: skip
+"""Every program of the suite on a CPU in seconds: shows that it works, not how fast. Shapes agree between
+phases and whole steps, so that most programs compile once."""

@@ -1,0 +1,137 @@
+"""The results file: every finished case is written at once, so that a killed call loses nothing.
+
+A file belongs to one key: scale, device, versions and the text of the sources. A later call with the
+same key goes on with the same file; after a change it starts another.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.gpu.cases import Case, Scale
+from roofline.hardware import Hardware
+
+SUITE = "gpu"
+"""Marks results files of this suite."""
+FINISHED = ("done", "no room", "skipped")
+"""Outcomes that another call would not change; a failed case is tried again."""
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+SOURCES = ("models", "roofline", "jaxrl", "benchmarks/gpu")
+
+
+def versions() -> dict[str, str]:
+    """Of python and of the packages that are installed here."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def digest_of_sources() -> str:
+    """Changes when any source file that a result depends on does; needs no git."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((record.ROOT / folder).rglob("*.py")):
+            digest.update(path.relative_to(record.ROOT).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """One results file and its content."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        self.path, self.content = path, content
+
+    @classmethod
+    def open(
+        cls, folder: Path, scale: Scale, device: str, commit: str | None,
+        more: Sequence[Path] = (record.RESULTS,),
+    ) -> Store:  # fmt: skip
+        """The file of this key in `folder`, or a copy of the one in `more`, or a new one.
+
+        commit: what HEAD is, for a checkout without git; None asks git.
+        """
+        key = {
+            "scale": scale.name, "device": device, "sources": digest_of_sources(),
+            "versions": versions(),
+        }  # fmt: skip
+        name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        for path in (p for where in (folder, *more) for p in sorted(where.glob(f"{name}-*.json"))):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("key") == key:
+                return cls(folder / path.name, content)
+        made = {**record.provenance(key["versions"]), "device": device}
+        made["commit"] = commit or made["commit"]
+        content = {"suite": SUITE, "key": key, "provenance": made, "results": {}, "kernels": {}}
+        return cls(_new_path(folder, name), content)
+
+    def is_finished(self, case: Case) -> bool:
+        """Measured, or known not to work on this device."""
+        return self.content["results"].get(case.name, {}).get("status") in FINISHED
+
+    def is_profiled(self, case: Case) -> bool:
+        """Its kernels are known."""
+        return case.name in self.content["kernels"]
+
+    def hardware(self, model: str) -> Hardware | None:
+        """The calibration of a model on this device, if it was made."""
+        result = self.content["results"].get(Case(kind="calibrate", model=model).name, {})
+        return Hardware.from_json(result["hardware"]) if "hardware" in result else None
+
+    def put(self, name: str, result: Mapping[str, Any], *, profiled: bool) -> None:
+        """Store the outcome of a case, on disk too."""
+        if "why" in result:
+            result = {**result, "why": _without_places(result["why"])}
+        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+        if profiled and result["status"] == "done":
+            self.content["kernels"][name] = result["kernels"]
+        elif not profiled:
+            self.content["results"][name] = {**result, "date": date}
+        self.save()
+
+    def save(self) -> None:
+        """Write the file in one move. Raises: ValueError if it would name a folder of this machine."""
+        text = json.dumps(self.content, indent=1) + "\n"
+        for place in (str(record.ROOT), str(Path.home()) + "/"):
+            if place in text:
+                raise ValueError(f"results of {self.path.name} name the path {place}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path)
+
+
+def _without_places(text: str) -> str:
+    return text.replace(str(record.ROOT), ".").replace(str(Path.home()), "~")
+
+
+def _new_path(folder: Path, name: str) -> Path:
+    """DEVICE-DATE.json; with a number where another key of the same day has it."""
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    path, number = folder / f"{name}-{today}.json", 2
+    while path.exists():
+        path, number = folder / f"{name}-{today}-{number}.json", number + 1
+    return path
+
+
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    """All results of this suite in a folder, on real shapes, oldest first."""
+    every = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*.json"))]
+    ours = [
+        r for r in every
+        if isinstance(r, dict) and r.get("suite") == SUITE and r["key"]["scale"] == "gpu"
+    ]  # fmt: skip
+    return sorted(ours, key=lambda r: r["provenance"]["date"])

@@ -1,0 +1,259 @@
+"""The suite's command: which cases are left, one process after another, every result stored at once.
+
+    python benchmarks/gpu_suite.py [--minutes 8] [--only decode,train,...] [--profile] [--device cpu]
+
+The same command again goes on where the last one was stopped, whether by --minutes or by a kill.
+Where results are copied between machines, put the file back into --out (or benchmarks/results) first.
+Processes follow one another, so that jaxrl and PyTorch never share the device's memory. Loads no jax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from benchmarks.gpu.cases import GPU, KINDS, TINY, Case, Scale
+from benchmarks.gpu.report import report
+from benchmarks.gpu.store import Store
+from roofline.machine import processor
+
+PEERS_PYTHON = (sys.executable, str(record.ROOT / ".venv-peers/bin/python"))
+"""Interpreters that may have torch and transformers, first match wins."""
+WORKER = ("-m", "benchmarks.gpu.worker")
+"""What this interpreter is given to run jaxrl's cases."""
+MEMORY_SHARE = "0.95"
+"""Of the GPU's memory that jax takes; no other process of the suite runs beside it."""
+LOG_CHARACTERS = 2000
+CPU_RESULTS = record.ROOT / "runs" / "gpu_suite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What this call of the suite is to do."""
+
+    scale: Scale
+    device: str
+    """gpu or cpu."""
+    kinds: Sequence[str]
+    deadline_s: float
+    """On time.monotonic."""
+    profile: bool
+    models: Sequence[str]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is left, write JSON and Markdown; exit code 1 if a case failed."""
+    options = _options(argv)
+    scale = TINY if options.device == "cpu" else GPU
+    out = options.out or (CPU_RESULTS if options.device == "cpu" else record.RESULTS)
+    store = Store.open(out, scale, device_name(options.device), options.commit)
+    call = Call(
+        scale=scale, device=options.device, kinds=options.only, profile=options.profile,
+        deadline_s=time.monotonic() + 60 * options.minutes, models=options.models or list(scale.models),
+    )  # fmt: skip
+    left = run(call, store)
+    store.path.with_suffix(".md").write_text(report(store.content), encoding="utf-8")
+    failed = [name for name, r in store.content["results"].items() if r["status"] == "failed"]
+    print(
+        f"{store.path.name}: {left or 'nothing'} left to do"
+        + (f", failed: {failed}" if failed else "")
+    )
+    sys.exit(1 if failed else 0)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmarks/gpu_suite.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so long")
+    parser.add_argument("--only", type=lambda s: s.split(","), default=list(KINDS))
+    parser.add_argument("--models", type=lambda s: s.split(","), help="some of the models")
+    parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu", help="cpu: tiny shapes")
+    parser.add_argument("--profile", action="store_true", help="save kernels instead of times")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no git")
+    options = parser.parse_args(argv)
+    if unknown := set(options.only) - set(KINDS):
+        parser.error(f"--only: unknown {sorted(unknown)}; known: {', '.join(KINDS)}")
+    known = list((TINY if options.device == "cpu" else GPU).models)
+    if unknown := set(options.models or ()) - set(known):
+        parser.error(f"--models: unknown {sorted(unknown)}; known: {', '.join(known)}")
+    return options
+
+
+def device_name(device: str) -> str:
+    """The first GPU as its driver names it, or the processor; exits where there is no GPU."""
+    if device == "cpu":
+        return processor()
+    if shutil.which("nvidia-smi") is None:
+        sys.exit("no NVIDIA GPU was found (there is no nvidia-smi); --device cpu runs tiny shapes")
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        sys.exit(f"nvidia-smi names no GPU: {done.stdout}{done.stderr}")
+    return done.stdout.splitlines()[0].strip()
+
+
+def run(call: Call, store: Store) -> int:
+    """Run cases until none is left or the time is over; returns how many are left."""
+    for _, group in groupby(_wanted(call, store), key=lambda case: case.process):
+        cases = list(group)
+        if time.monotonic() > call.deadline_s:
+            break
+        if cases[0].kind == "peers":
+            _run_peers(call, store, cases)
+        else:
+            _run_process(call, store, cases, [sys.executable, *WORKER])
+    return len(_wanted(call, store))
+
+
+def _wanted(call: Call, store: Store) -> list[Case]:
+    """Unfinished cases of the chosen kinds, and the calibrations that they need."""
+    cases = [case for case in call.scale.cases() if case.model in call.models]
+    chosen = [case for case in cases if case.kind in call.kinds]
+    if call.profile:
+        return [
+            case for case in chosen
+            if case.kind not in ("calibrate", "peers") and not store.is_profiled(case)
+        ]  # fmt: skip
+    chosen = [case for case in chosen if not store.is_finished(case)]
+    needed = {case.model for case in chosen if case.kind not in ("calibrate", "peers")}
+    return [
+        case for case in cases
+        if case in chosen
+        or (case.kind == "calibrate" and case.model in needed and not store.is_finished(case))
+    ]  # fmt: skip
+
+
+def _run_peers(call: Call, store: Store, cases: Sequence[Case]) -> None:
+    python = next((path for path in PEERS_PYTHON if _has_torch(path)), None)
+    if python is None:
+        why = "torch and transformers are not installed here"
+        print(f"peers: skipped, {why}")
+        for case in cases:
+            store.put(case.name, {"status": "skipped", "why": why}, profiled=False)
+        return
+    _run_process(call, store, cases, [python, "-m", "benchmarks.gpu.peers_torch"])
+
+
+def _has_torch(python: str) -> bool:
+    if not Path(python).is_file():
+        return False
+    look = (
+        "import importlib.util as u, sys; "
+        "sys.exit(not (u.find_spec('torch') and u.find_spec('transformers')))"
+    )
+    return subprocess.run([python, "-c", look], capture_output=True, check=False).returncode == 0
+
+
+def _run_process(call: Call, store: Store, cases: Sequence[Case], command: Sequence[str]) -> None:
+    """One process for these cases; a case that was begun and has no result when it ends has failed."""
+    with tempfile.TemporaryDirectory() as dump, _started(call, command, dump) as (process, log):
+        hardware = store.hardware(cases[0].model)
+        job = {
+            "scale": call.scale.name, "device": call.device, "profile": call.profile,
+            "cases": [dataclasses.asdict(case) for case in cases],
+            "dump": dump if call.profile else None,
+            "hardware": None if hardware is None else hardware.to_json(),
+        }  # fmt: skip
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended already: told below
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.close()
+        begun = ""
+        for answer in _answers(process, call.deadline_s):
+            if answer is None:
+                print(f"time is over{f' during {begun}; give it more --minutes' if begun else ''}")
+                return
+            if "ready" in answer:
+                store.content["provenance"].setdefault("seen", {}).update(answer["ready"])
+            elif "begun" in answer:
+                begun = answer["begun"]
+            else:
+                store.put(answer["ended"], answer["result"], profiled=call.profile)
+                print(_line(answer["ended"], answer["result"]), flush=True)
+                begun = ""
+        if process.wait() or begun:
+            tail = log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
+            print(f"the process of {begun or cases[0].name} ended early:\n{tail}", file=sys.stderr)
+            why = f"its process ended early with code {process.returncode}"
+            store.put(
+                begun or cases[0].name, {"status": "failed", "why": why}, profiled=call.profile
+            )
+
+
+@contextlib.contextmanager
+def _started(
+    call: Call, command: Sequence[str], dump: str
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """The process and its log; killed on leaving if it still runs."""
+    environment = {**os.environ, "PYTHONPATH": str(record.ROOT), "HF_HUB_OFFLINE": "1"}
+    environment["JAX_PLATFORMS"] = "cpu" if call.device == "cpu" else "cuda"
+    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environment):
+        environment["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+    if call.profile:
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}"
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
+        try:
+            yield process, log
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _answers(process: subprocess.Popen[str], deadline_s: float) -> Iterator[dict[str, Any] | None]:
+    """The process's answers until it ends; None, as the last, when the time is over."""
+    lines: queue.Queue[str] = queue.Queue()
+    stdout = process.stdout
+    assert stdout is not None
+
+    def read() -> None:
+        for line in stdout:
+            lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
+        except queue.Empty:
+            yield None
+            return
+        if not line:
+            return
+        yield json.loads(line)
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    """What is printed as soon as a case ends."""
+    if result["status"] != "done":
+        return f"{name}: {result['status']}, {result['why']}"
+    if "measured_s" not in result:
+        return f"{name}: done in {result['wall_s']:.0f} s"
+    words = f"{name}: {1e3 * result['measured_s']['median']:.2f} ms"
+    if "share_of_bound" in result:
+        words += f", {result['share_of_bound']:.0%} of the bound, {result['ratio']:.2f} x predicted"
+    return words

@@ -1,0 +1,137 @@
+"""The process that runs cases: python -m benchmarks.gpu.worker. Started by `benchmarks.gpu.suite`.
+
+Reads one job (JSON) from standard input; answers with one JSON object per line on what was standard
+output: first what it runs on, then `begun` and `ended` of every case. Everything else that programs
+print goes to standard error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.gpu.cases import GPU, MIN_ROUNDS, TINY, Case, Scale
+from benchmarks.gpu.grpo import grpo_case, rollout_case
+from benchmarks.gpu.measure import Prepared, Result, measure
+from benchmarks.gpu.phases import Bench, prepare
+from benchmarks.gpu.profile import most_expensive
+from jaxrl.devices import remember_programs
+from roofline.calibrate import calibrate
+from roofline.hardware import Hardware
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+"""How XLA names it."""
+GRPO_ROUNDS = 3
+ERROR_CHARACTERS = 300
+
+
+def make(bench: Bench, case: Case) -> Prepared:
+    """The case, ready to run."""
+    if case.kind == "rollout":
+        return rollout_case(bench, case)
+    if case.kind == "grpo":
+        return grpo_case(bench, case)
+    return prepare(bench, case)
+
+
+def run_case(
+    scale: Scale, case: Case, hardware: Hardware | None, *, profiled: bool = False, dump: Path | None = None
+) -> Result:  # fmt: skip
+    """Measure (or profile) one case.
+
+    Returns {"status": "done", ...}, or {"status": "no room", "why"} when it does not fit the device.
+    Raises: ValueError for a case other than calibration without the calibrated hardware.
+    """
+    bench = Bench(scale=scale, name=case.model)
+    if case.kind == "calibrate":
+        made = calibrate(
+            bench.model, workload=scale.workload(), devices=jax.local_devices()[:1],
+            budget_s=scale.calibration_s, thorough=True,
+        )  # fmt: skip
+        return {"status": "done", "hardware": made.to_json()}
+    if hardware is None and not profiled:
+        raise ValueError(
+            f"{case.name} is predicted from a calibration; calibrate {case.model} first"
+        )
+    try:
+        prepared = make(bench, case)
+        with closing(prepared):
+            if profiled:
+                return {"status": "done", "kernels": _profile(prepared, dump)}
+            assert hardware is not None
+            rounds = GRPO_ROUNDS if case.kind == "grpo" else MIN_ROUNDS
+            result = measure(prepared, hardware, scale.seconds, min_rounds=rounds)
+            return {"status": "done", **result}
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
+            return {"status": "no room", "why": str(error)[:ERROR_CHARACTERS]}
+        raise
+
+
+def _profile(prepared: Prepared, dump: Path | None) -> list[dict[str, Any]]:
+    """Kernels of one call after one that compiles."""
+    prepared.before()
+    prepared.once()
+    prepared.before()
+    return most_expensive(prepared.once, dump)
+
+
+def device_facts() -> dict[str, str]:
+    """Device, platform and versions as this process sees them."""
+    device = jax.local_devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "runtime": device.client.platform_version.replace("\n", ", "),
+    }
+
+
+def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
+    """Run the job's cases one after another; an error ends its case, not the process."""
+    scale = GPU if job["scale"] == GPU.name else TINY
+    hardware = Hardware.from_json(job["hardware"]) if job["hardware"] else None
+    dump = Path(job["dump"]) if job["dump"] else None
+    answer({"ready": device_facts()})
+    for fields in job["cases"]:
+        case = Case(**fields)
+        answer({"begun": case.name})
+        began = time.perf_counter()
+        result: Result
+        try:
+            result = run_case(scale, case, hardware, profiled=job["profile"], dump=dump)
+        except Exception as error:  # reported and stored as the outcome of this case
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}"
+            result = {"status": "failed", "why": why[:ERROR_CHARACTERS]}
+        result["wall_s"] = time.perf_counter() - began
+        answer({"ended": case.name, "result": result})
+        gc.collect()
+
+
+def main() -> None:
+    """Serve one job."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def answer(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    job = json.loads(sys.stdin.readline())
+    if not job["profile"]:  # a program from the cache leaves no text of itself
+        remember_programs()
+    serve(job, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""The pipeline of a run, simulated event by event.
+
+    rollout lane   admit prompts, decode one chunk over all slots          events: end of a chunk
+    verifiers      first come, first served                                events: a group is verified
+    learner lane   take P groups, score and train, publish                 events: trained, published
+
+Four ways to couple the lanes:
+    synchronous   tickets for P groups; the next P only after the weights are published
+    one-step-off  P groups are sampled while the P before them train; both meet at the publication
+    asynchronous  (S + 1) P tickets; a sample has one version, so slots run dry before a swap
+    in-flight     (S + 1) P tickets; weights change between two chunks (what jaxrl does)
+with S the staleness bound. Tickets, and which groups may leave first, follow `jaxrl.buffer`. All slots
+advance chunk by chunk on one clock, as one jitted program drives them; so an event is a chunk of all
+slots, and the work of a simulation grows with chunks and completions, not with GPUs. While both lanes
+compute on shared cores each runs `contention` times slower.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import inf
+
+import numpy as np
+
+from roofline.lengths import Lengths
+
+ROUNDING_S = 1e-12
+"""Work left below this is rounding."""
+
+
+class Mode(StrEnum):
+    """How generators and learner are coupled."""
+
+    SYNCHRONOUS = "synchronous"
+    ONE_STEP_OFF = "one-step-off"
+    ASYNCHRONOUS = "asynchronous"
+    IN_FLIGHT = "in-flight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pipeline:
+    """Sizes and seconds of one run."""
+
+    mode: Mode = Mode.IN_FLIGHT
+    prompts_per_step: int
+    """P."""
+    group_size: int
+    """G."""
+    max_staleness: int = 1
+    """S, for asynchronous and in-flight."""
+    slots: int
+    """Sequences decoded at once, over all generators."""
+    chunk_steps: int
+    """Decode steps between two refills."""
+    decode_step_s: float
+    """One decode step over all slots [s]."""
+    admit_s: float = 0.0
+    """Fixed time of one refill [s]."""
+    prompt_s: float = 0.0
+    """Prefill of one prompt, all generators at work [s]."""
+    learner_s: float
+    """Scoring, training and the optimizer, per optimizer step [s]."""
+    publish_s: float = 0.0
+    """Learner time to hand over the weights [s]."""
+    verify_s: float = 0.0
+    """One verification [s]."""
+    verifiers: int = 0
+    """Verifier processes; 0 verifies on the rollout lane."""
+    contention: float = 1.0
+    """How many times slower a lane runs while the other computes too."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot run."""
+        for name in ("prompts_per_step", "group_size", "slots", "chunk_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"simulation {name}={getattr(self, name)} must be at least 1")
+        for name in ("max_staleness", "verifiers", "admit_s", "prompt_s", "publish_s", "verify_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"simulation {name}={getattr(self, name)} must be >= 0")
+        for name in ("decode_step_s", "learner_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"simulation {name}={getattr(self, name)} must be greater than 0")
+        if self.contention < 1:
+            raise ValueError(f"simulation contention={self.contention} must be at least 1")
+
+    @property
+    def samples_per_step(self) -> int:
+        """P * G."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def tickets(self) -> int:
+        """Groups that may be under way at once."""
+        bounded = self.mode in (Mode.ASYNCHRONOUS, Mode.IN_FLIGHT)
+        return self.prompts_per_step * (1 + (self.max_staleness if bounded else 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """Steady state of a simulated run, from the first step past the warm-up to the last."""
+
+    step_s: float
+    """Mean time between two publications [s]."""
+    samples_per_s: float
+    rollout_idle: float
+    """Share of the time in which no chunk runs."""
+    slot_idle: float
+    """Share of slot time without a completion; one that ends within a chunk counts to its end."""
+    learner_idle: float
+    """Share of the time in which the learner waits."""
+    staleness: Mapping[int, int]
+    """Samples consumed, by versions between birth and consumption; the whole run."""
+    published_s: tuple[float, ...]
+    """When version 1, 2, ... was there [s]."""
+
+    @property
+    def mean_staleness(self) -> float:
+        """Mean over consumed samples [versions]."""
+        return sum(k * n for k, n in self.staleness.items()) / sum(self.staleness.values())
+
+
+def simulate(pipeline: Pipeline, lengths: Lengths, *, steps: int = 30, seed: int = 0) -> Simulation:
+    """Run `steps` optimizer steps.
+
+    Raises:
+        ValueError: too few steps to leave a warm-up of max_staleness + 2 behind.
+    """
+    warm_up = pipeline.max_staleness + 2
+    if steps <= warm_up:
+        raise ValueError(
+            f"steps={steps} must be more than the warm-up of {warm_up}; use {4 * warm_up}"
+        )
+    run = _Run(pipeline, lengths, np.random.default_rng(seed))
+    while len(run.published) < steps:
+        run.advance()
+    marks = run.published
+    first, last = marks[warm_up - 1], marks[-1]
+    span = last.time_s - first.time_s
+    per_step = span / (steps - warm_up)
+    return Simulation(
+        step_s=per_step,
+        samples_per_s=pipeline.samples_per_step / per_step,
+        rollout_idle=1 - (last.rollout_s - first.rollout_s) / span,
+        slot_idle=1 - (last.slot_s - first.slot_s) / (span * pipeline.slots),
+        learner_idle=1 - (last.learner_s - first.learner_s) / span,
+        staleness=dict(sorted(run.buffer.staleness.items())),
+        published_s=tuple(mark.time_s for mark in marks),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """Sums at a publication."""
+
+    time_s: float
+    rollout_s: float
+    slot_s: float
+    learner_s: float
+
+
+class _Buffer:
+    """Tickets and finished groups, counted by birth version (groups of one birth are alike)."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._prompts, self._samples = pipeline.prompts_per_step, pipeline.group_size
+        self._bound = pipeline.tickets // pipeline.prompts_per_step - 1
+        self.free, self.version = pipeline.tickets, 0
+        self.births: Counter[int] = Counter()  # taken tickets
+        self.finished: Counter[int] = Counter()  # verified, not consumed
+        self.staleness: Counter[int] = Counter()
+
+    def draw(self, most: int) -> int:
+        number = min(most, self.free)
+        self.free -= number
+        self.births[self.version] += number
+        return number
+
+    def take(self) -> bool:
+        """Consume the oldest P groups if they may leave: an earliest-deadline-first argument."""
+        chosen: Counter[int] = Counter()
+        for birth in sorted(self.finished):
+            chosen[birth] = min(self.finished[birth], self._prompts - chosen.total())
+        if chosen.total() < self._prompts or not self._others_can_wait(chosen):
+            return False
+        for birth, number in (+chosen).items():
+            self.staleness[self.version - birth] += number * self._samples
+        self.finished = +(self.finished - chosen)
+        self.births = +(self.births - chosen)
+        return True
+
+    def _others_can_wait(self, chosen: Counter[int]) -> bool:
+        left = 0
+        for birth, number in sorted((self.births - chosen).items()):
+            left += number
+            if left > self._prompts * (birth + self._bound - self.version):
+                return False
+        return True
+
+
+class _Run:
+    """State between two events."""
+
+    def __init__(self, pipeline: Pipeline, lengths: Lengths, rng: np.random.Generator) -> None:
+        self.pipeline, self._lengths, self._rng = pipeline, lengths, rng
+        self.buffer = _Buffer(pipeline)
+        self.published: list[_Mark] = []
+        self._now = self._rollout_s = self._slot_s = self._learner_s = 0.0
+        self._rollout_left = self._learner_left = inf  # work alone [s]; inf: nothing to do
+        self._publishes, self._waits_for_groups = False, False
+        self._weights = 0  # version that the slots sample with
+        self._live, self._chunk = 0, 0
+        self._queue = _Queue()
+        self._ends: dict[int, list[_Ending]] = {}  # chunk -> completions that end in it
+        self._births = np.zeros(0, np.int64)  # of group
+        self._unfinished = np.zeros(0, np.int64)  # samples left, of group
+        self._verifier_free = np.zeros(pipeline.verifiers)
+        self._inline: Counter[int] = Counter()  # groups being verified on the rollout lane
+        self._verified: list[tuple[float, int, int]] = []  # heap: time, birth, groups
+
+    # -- events ------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Start what can start, then go to the next event."""
+        if self._learner_left == inf:
+            self._start_learner()
+        if self._rollout_left == inf:
+            self._start_chunk()
+        computing = (self._rollout_left < inf) + (self._learner_left < inf)
+        slow = self.pipeline.contention if computing == 2 else 1.0
+        arrival = self._verified[0][0] - self._now if self._verified else inf
+        ahead = min(self._rollout_left * slow, self._learner_left * slow, arrival)
+        assert ahead < inf, "every lane waits for another"
+        self._now += ahead
+        if self._rollout_left < inf:
+            self._rollout_s += ahead
+            self._slot_s += ahead * self._live
+            self._rollout_left -= ahead / slow
+        if self._learner_left < inf:
+            self._learner_s += ahead
+            self._learner_left -= ahead / slow
+        while self._verified and self._verified[0][0] <= self._now:
+            _, birth, groups = heapq.heappop(self._verified)
+            self.buffer.finished[birth] += groups
+        if self._rollout_left <= ROUNDING_S:
+            self._end_rollout()
+        if self._learner_left <= ROUNDING_S:
+            self._end_learner()
+
+    def _start_learner(self) -> None:
+        buffer, pipeline = self.buffer, self.pipeline
+        if self._waits_for_groups:  # one-step-off: trained, the other batch is still being sampled
+            if buffer.finished.total() == pipeline.prompts_per_step:
+                self._waits_for_groups = False
+                self._publish()
+        elif buffer.take():
+            self._learner_left = pipeline.learner_s
+            if pipeline.mode is Mode.ONE_STEP_OFF:
+                buffer.free += pipeline.prompts_per_step
+
+    def _end_learner(self) -> None:
+        self._learner_left = inf
+        if self._publishes:
+            self._publishes = False
+            self._release()
+        elif self.pipeline.mode is Mode.ONE_STEP_OFF:
+            self._waits_for_groups = True
+        else:
+            self._publish()
+
+    def _publish(self) -> None:
+        if self.pipeline.publish_s > 0:
+            self._publishes, self._learner_left = True, self.pipeline.publish_s
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        self.buffer.version += 1
+        if self.pipeline.mode is not Mode.ONE_STEP_OFF:
+            self.buffer.free += self.pipeline.prompts_per_step
+        self.published.append(_Mark(self._now, self._rollout_s, self._slot_s, self._learner_s))
+
+    def _start_chunk(self) -> None:
+        pipeline = self.pipeline
+        runs_dry = pipeline.mode is Mode.ASYNCHRONOUS and self._weights < self.buffer.version
+        if not runs_dry or self._live == 0:
+            self._weights = self.buffer.version
+            admitted = self._admit()
+        else:
+            admitted = 0.0
+        if self._live == 0:
+            return
+        ending = self._ends.get(self._chunk, [])
+        last = sum(part.groups.size for part in ending) == self._live
+        steps = max(part.last_steps for part in ending) if last else pipeline.chunk_steps
+        self._rollout_left = admitted + steps * pipeline.decode_step_s
+
+    def _admit(self) -> float:
+        """Fill free slots; seconds of prefill."""
+        pipeline = self.pipeline
+        room = pipeline.slots - self._live
+        wanted = -(-max(0, room - self._queue.size) // pipeline.group_size)
+        if drawn := self.buffer.draw(wanted):
+            first = self._births.size
+            self._births = np.append(self._births, np.full(drawn, self.buffer.version))
+            self._unfinished = np.append(self._unfinished, np.full(drawn, pipeline.group_size))
+            groups = np.repeat(np.arange(first, first + drawn), pipeline.group_size)
+            self._queue.push(groups, self._lengths.draw(self._rng, groups.size))
+        groups, tokens = self._queue.pop(room)
+        if groups.size == 0:
+            return 0.0
+        self._live += groups.size
+        order = np.argsort(tokens)
+        groups, tokens = groups[order], tokens[order]
+        chunks, rest = np.divmod(tokens - 1, pipeline.chunk_steps)
+        starts = np.flatnonzero(np.diff(chunks, prepend=-1)).tolist()
+        for start, end in zip(starts, [*starts[1:], groups.size], strict=True):
+            part = _Ending(groups[start:end], int(rest[end - 1]) + 1)
+            self._ends.setdefault(self._chunk + int(chunks[start]), []).append(part)
+        return pipeline.admit_s + drawn * pipeline.prompt_s
+
+    def _end_rollout(self) -> None:
+        self._rollout_left = inf
+        if self._inline:
+            self.buffer.finished += self._inline
+            self._inline = Counter()
+        else:
+            self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        self._chunk += 1
+        ending = self._ends.pop(self._chunk - 1, [])
+        if not ending:
+            return
+        groups, ended = np.unique(np.concatenate([p.groups for p in ending]), return_counts=True)
+        self._live -= int(ended.sum())
+        self._unfinished[groups] -= ended
+        complete = groups[self._unfinished[groups] == 0]
+        if complete.size:
+            self._verify(complete)
+
+    def _verify(self, groups: np.ndarray) -> None:
+        """Hand complete groups to the verifiers; free ones take the next sample each."""
+        pipeline, births = self.pipeline, self._births[groups]
+        if pipeline.verify_s == 0:
+            self.buffer.finished.update(births.tolist())
+            return
+        if pipeline.verifiers == 0:
+            self._inline = Counter(births.tolist())
+            self._rollout_left = groups.size * pipeline.group_size * pipeline.verify_s
+            return
+        free = np.sort(np.maximum(self._verifier_free, self._now))
+        tasks = np.arange(groups.size * pipeline.group_size)
+        done = free[tasks % free.size] + (tasks // free.size + 1) * pipeline.verify_s
+        rounds, extra = divmod(tasks.size, free.size)
+        free += rounds * pipeline.verify_s
+        free[:extra] += pipeline.verify_s
+        self._verifier_free = free
+        ready = done.reshape(groups.size, pipeline.group_size).max(axis=1)
+        for time_s, birth in zip(ready.tolist(), births.tolist(), strict=True):
+            heapq.heappush(self._verified, (time_s, birth, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """Completions that end in one chunk."""
+
+    groups: np.ndarray
+    """[n] group of each."""
+    last_steps: int
+    """Steps of that chunk until the last of them ends."""
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Samples that wait for a slot, first in, first out."""
+
+    groups: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    @property
+    def size(self) -> int:
+        return self.groups.size
+
+    def push(self, groups: np.ndarray, tokens: np.ndarray) -> None:
+        self.groups = np.concatenate([self.groups, groups])
+        self.tokens = np.concatenate([self.tokens, tokens])
+
+    def pop(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        taken = self.groups[:most], self.tokens[:most]
+        self.groups, self.tokens = self.groups[most:], self.tokens[most:]
+        return taken

@@ -1,0 +1,1 @@
+"""Seconds of single operators on a GPU, from a few fitted numbers each; see `model`."""

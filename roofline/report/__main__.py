@@ -1,0 +1,7 @@
+"""`python -m roofline.report RUN_DIR`."""
+
+import sys
+
+from roofline.report import main
+
+sys.exit(main())

@@ -1,0 +1,255 @@
+"""The report in words and tables, and report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from roofline.analyse import PhaseRow, story
+from roofline.read_run import Run
+from roofline.report.account import TERMS
+from roofline.report.content import NO_PATH, SHAPE, Report
+from roofline.report.outlook import Elsewhere
+from roofline.svg import si
+
+MEANINGS = {
+    "ideal": "matrix products and memory at the peaks, perfectly overlapped",
+    "efficiency": "what real programs add, by calibration",
+    "launch": "fixed times of dispatches and kernels",
+    "communication": "transfers and collectives, none hidden",
+    "sharing": "the other lane computed on the same cores",
+    "unexplained": "measured less predicted",
+    "unpredicted": "evaluation, checkpoints, compilation",
+    "waiting": "for the other lane",
+    "between": "Python, packing, logging: time in no span",
+}
+"""What each term of the waterfall holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """Rows of text, the first column left-aligned."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    prose: Sequence[int] = ()
+    """Columns of sentences, left-aligned too. Within a cell what follows a line break is small."""
+
+
+def header(report: Report) -> list[tuple[str, str]]:
+    """What ran, on what, and how it was calibrated."""
+    hardware, model = report.hardware, report.model
+    path, dtype = model.get("path", "null"), model.get("dtype", "")
+    named = [] if path in NO_PATH else [Path(path).name]
+    shape = ("family", *SHAPE, "vocab_size", "dtype")
+    named += [f"{name.replace('_', ' ')} {model[name]}" for name in shape if name in model]
+    peaks = ", ".join(
+        f"{name} {si(peak, 'flop/s')}" for name, peak in hardware.peak_flops_per_s.items()
+    )
+    how = f"calibrated {hardware.date}" if hardware.calibrated else f"datasheet {hardware.date}"
+    software = ", ".join(f"{name} {version}" for name, version in hardware.versions.items())
+    ridge = (
+        f"; ridge at {hardware.critical_intensity(dtype):.3g} flop/byte ({dtype})"
+        if dtype in hardware.peak_flops_per_s
+        else ""
+    )
+    entries = [
+        ("model", ", ".join(named) or "not recorded"),
+        ("machine", hardware.name),
+        ("peaks", f"{peaks}; memory {si(hardware.hbm_bytes_per_s, 'B/s')}{ridge}"),
+        ("hardware numbers", f"{how}; {software}" if software else how),
+        ("fixed times", f"dispatch {si(hardware.dispatch_s, 's')}, kernel "
+                        f"{si(hardware.kernel_s, 's')}, collective {si(hardware.link_latency_s, 's')}"),
+        ("intervals", _interval_note(report)),
+    ]  # fmt: skip
+    if hardware.devices_share_cores:
+        slower = f"devices share cores: a phase is {hardware.contention:.2f} times slower beside"
+        entries.append(("contention", f"{slower} another lane that computes"))
+    entries.append(("wall time", si(report.wall_s, "s") if report.wall_s < 1
+                    else f"{report.wall_s:.1f} s"))  # fmt: skip
+    for key in ("pass_at_1_before", "pass_at_1_after", "samples_per_s"):
+        if key in report.results:
+            unit = " samples/s" if key == "samples_per_s" else ""
+            name = "throughput" if unit else key.replace("_", " ").replace("at 1", "@ 1")
+            value = report.results[key]
+            entries.append((name, f"{value:.4g}{unit}" if unit else f"{value:.1%}"))
+    return entries
+
+
+def _interval_note(report: Report) -> str:
+    if report.spread is None:
+        return "none: nobody calibrated this hardware"
+    checks = len(report.hardware.held_out)
+    if checks:
+        return f"90 %, log error {report.spread:.2f} from {checks} shapes that calibration held out"
+    return (
+        f"90 %, log error {report.spread:.2f} assumed: this calibration held no shape out "
+        "(python -m roofline.calibrate does)"
+    )
+
+
+def phase_table(report: Report) -> Table:
+    """One row per phase."""
+    columns = (
+        "phase", "calls", "bound", "alone", "predicted", "measured", "measured / predicted", "bound by", "flop / byte", "MFU", "MBU", "overlap", "share of step",
+        "of wall",
+    )  # fmt: skip
+    note = (
+        "Times are medians per call. bound: no program can be faster on these peaks. alone: "
+        "calibrated, nothing else running; predicted: with the other lane computing during overlap, "
+        "and the 90 % interval; measured: and p10 - p90. "
+        "measured / predicted compares the sums over all calls. Shares count time covered by at "
+        "least one call: of a step (between the first and the last publication), of the run."
+    )
+    return Table(columns=columns, rows=[_phase_cells(row) for row in report.phases], note=note)
+
+
+def _phase_cells(row: PhaseRow) -> list[str]:
+    ends = "" if row.low_s is None else f"\n{_s(row.low_s)} - {_s(row.high_s)}"
+    return [
+        row.phase.value, str(row.calls), _s(row.lower_s), _s(row.alone_s), f"{_s(row.shared_s)}{ends}",
+        f"{_s(row.median_s)}\n{_s(row.p10_s)} - {_s(row.p90_s)}",
+        "-" if row.ratio is None else f"{row.ratio:.2f}", row.bound or "-",
+        "-" if row.intensity is None else f"{row.intensity:.3g}", _percent(row.mfu),
+        _percent(row.mbu), f"{row.overlap:.0%}", _percent(row.step_share), f"{row.wall_share:.1%}",
+    ]  # fmt: skip
+
+
+def waterfall_table(report: Report) -> Table:
+    """Terms of the mean step, one column per lane."""
+    lanes = [fall.lane for fall in report.waterfalls]
+    rows = [
+        [name, *(f"{_s(fall.terms_s[name])} ({fall.terms_s[name] / fall.step_s:.0%})"
+                 for fall in report.waterfalls), MEANINGS[name]]
+        for name in TERMS
+        if any(abs(fall.terms_s[name]) > 0 for fall in report.waterfalls)
+    ]  # fmt: skip
+    rows.append(["measured", *(_s(fall.step_s) for fall in report.waterfalls), "mean step"])
+    note = "Mean optimizer step between the first and the last publication; terms add up exactly."
+    return Table(columns=("term", *lanes, "what"), rows=rows, note=note, prose=(len(lanes) + 1,))
+
+
+def errors_table(report: Report) -> Table:
+    """Median errors by phase and predictor."""
+    columns = ("phase", "calls", "predicted", "alone", "bound", "constant MFU")
+    seen = report.validation
+    rows = [
+        [e.phase, str(e.calls), _percent(e.ours), _percent(e.alone), _percent(e.bound),
+         _percent(e.constant_mfu)]
+        for e in (seen.errors if seen else ())
+    ]  # fmt: skip
+    reached = f" ({seen.mfu:.1%})" if seen and seen.mfu else ""
+    note = (
+        "Median of |predicted / measured - 1| over calls. Baselines: the roofline bound, and flops "
+        f"at one share of the peak{reached} taken from the first calls of each phase, which no "
+        "column is scored on."
+    )
+    return Table(columns=columns, rows=rows, note=note)
+
+
+def held_out_table(report: Report) -> Table:
+    """Calibration's own check."""
+    rows = [[name, f"{ratio:.2f}"] for name, ratio in report.hardware.held_out.items()]
+    note = "Predicted over measured, of shapes that calibration ran but did not fit."
+    return Table(columns=("shape", "predicted / measured"), rows=rows, note=note)
+
+
+def changes_table(report: Report) -> Table:
+    """The run's pipeline with one thing changed."""
+    columns = ("change", "step", "samples/s", "generators idle", "learner idle", "mean staleness",
+               "speed-up")  # fmt: skip
+    rows = [
+        [c.change, _s(c.step_s), f"{c.samples_per_s:.4g}", _percent(c.rollout_idle),
+         _percent(c.learner_idle), f"{c.staleness:.2f}", f"{c.speedup:.2f} x"]
+        for c in report.changes
+    ]  # fmt: skip
+    source = report.simulated.lengths if report.simulated else ""
+    note = f"Simulated from this run's measured phases; {source}."
+    return Table(columns=columns, rows=rows, note=note)
+
+
+def elsewhere_table(report: Report) -> Table:
+    """The same work on other hardware."""
+    columns = ("hardware", "GPUs", "fastest split", "step", "samples/s", "staleness", "idle",
+               "memory per GPU", "against this run")  # fmt: skip
+    note = (
+        "Planned from the cost model with datasheet peaks and shares, never measured there. d data, "
+        "f fsdp, t tensor parallel."
+    )
+    rows = [_elsewhere(e) for e in report.elsewhere]
+    return Table(columns=columns, rows=rows, note=note, prose=(2,))
+
+
+def _elsewhere(one: Elsewhere) -> list[str]:
+    if one.step_s is None:
+        return [one.hardware, str(one.devices), one.split, *["-"] * 6]
+    return [
+        one.hardware, str(one.devices), one.split, _s(one.step_s), f"{one.samples_per_s:.4g}",
+        f"{one.staleness:.2f}", _percent(one.idle), f"{one.device_gib:.2f} GiB",
+        f"{one.speedup:.1f} x",
+    ]  # fmt: skip
+
+
+def staleness_shares(report: Report) -> dict[str, tuple[float, float]]:
+    """(measured, simulated) share of consumed samples by versions in between."""
+    total = sum(report.staleness.values())
+    found = {k: n / total for k, n in report.staleness.items()} if total else {}
+    played = report.simulated.staleness if report.simulated else {}
+    names = sorted({*found, *played}, key=lambda name: (not name.isdigit(), name.zfill(9)))
+    return {name: (found.get(name, 0.0), played.get(name, 0.0)) for name in names}
+
+
+def simulation_note(report: Report) -> str:
+    """Simulated against measured step, in one sentence."""
+    seen = report.simulated
+    if seen is None:
+        return ""
+    return (
+        f"Simulated from the run's own phases, a step takes {_s(seen.step_s)}; the measured median "
+        f"is {_s(seen.measured_step_s)} (simulated / measured "
+        f"{seen.step_s / seen.measured_step_s:.2f})."
+    )
+
+
+def markdown(run: Run, report: Report) -> str:
+    """The report as Markdown, without charts."""
+    lines = ["# Roofline report", ""]
+    lines += [f"- {name}: {value}" for name, value in [("run", report.run), *header(report)]]
+    lines += ["", report.flop_convention, "", "## Where the time went", ""]
+    lines += [f"- {sentence}" for sentence in story(run, report.phases)]
+    tables = {
+        "Phases": phase_table(report),
+        "A step, term by term": waterfall_table(report) if report.waterfalls else None,
+        "Predictions of this run's calls": errors_table(report) if report.validation else None,
+        "Calibration's own check": held_out_table(report) if report.hardware.held_out else None,
+        "What if: this machine": changes_table(report) if report.changes else None,
+        "What if: other hardware": elsewhere_table(report) if report.elsewhere else None,
+    }
+    for title, table in tables.items():
+        if table is not None:
+            lines += ["", f"## {title}", "", table.note, "", *_markdown(table)]
+    if shares := staleness_shares(report):
+        lines += ["", "## Staleness of consumed samples", "", simulation_note(report), ""]
+        lines += [f"- {k}: measured {a:.1%}, simulated {b:.1%}" for k, (a, b) in shares.items()]
+    if report.notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
+    return "\n".join([*lines, ""])
+
+
+def _markdown(table: Table) -> list[str]:
+    rule = "|" + "|".join(["---", *["--:"] * (len(table.columns) - 1)]) + "|"
+    body = [
+        "| " + " | ".join(cell.replace("|", "/").replace("\n", ", ") for cell in row) + " |"
+        for row in table.rows
+    ]
+    return ["| " + " | ".join(table.columns) + " |", rule, *body]
+
+
+def _s(value: float | None) -> str:
+    return "-" if value is None else si(value, "s")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

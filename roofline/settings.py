@@ -1,0 +1,233 @@
+"""The few settings of a run that its speed depends on, read from its YAML file.
+
+Sections, names and defaults are those of `jaxrl.config` (a test compares them). Other keys of the file
+say nothing about speed and are left alone, unless they look like a misspelt one of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.config import ModelConfig
+from roofline import model_zoo
+from roofline.cost import Remat
+
+MISSPELT = 0.85
+"""Similarity from which an unknown key is taken for a misspelt one."""
+_ROOT = Path(__file__).resolve().parents[1]
+CONFIG_FOLDERS = (_ROOT / "configs", _ROOT / "jaxrl" / "configs")
+"""Where a name is looked up after the literal path: the checkout, then the installed package."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSettings:
+    """Which policy."""
+
+    path: str | None = None
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_size: int = 32
+    ffw_size: int = 384
+    qk_norm: bool = True
+    tied_embeddings: bool = True
+    dtype: str = "float32"
+    remat: Remat = "none"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSettings:
+    """Verification."""
+
+    reward_workers: int = 1
+    reward_latency_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSettings:
+    """Packing."""
+
+    row_tokens: int = 64
+    rows_per_microbatch: int = 64
+    logprob_chunk_tokens: int = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutSettings:
+    """The sampling engine."""
+
+    slots: int = 128
+    chunk_steps: int = 8
+    max_prompt_tokens: int = 32
+    max_new_tokens: int = 32
+    max_staleness: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoSettings:
+    """The batch."""
+
+    prompts_per_step: int = 16
+    group_size: int = 8
+    kl_weight: float = 0.0
+    log_reference: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What a prediction of a whole optimizer step needs."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    task: TaskSettings = field(default_factory=TaskSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+
+    @property
+    def samples_per_step(self) -> int:
+        """P * G."""
+        return self.grpo.prompts_per_step * self.grpo.group_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Longest sequence, the prompt included [tokens]."""
+        return self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def scores_reference(self) -> bool:
+        """Whether a step scores its samples under a frozen reference."""
+        return self.grpo.kl_weight != 0 or self.grpo.log_reference
+
+
+def read_settings(name: str, words: Sequence[str] = ()) -> Settings:
+    """Settings of a YAML file, of a name from configs/, or of a run folder; `words` such as
+    "--rollout.slots=64" or "--rollout.slots", "64" win over it.
+
+    Raises:
+        ValueError: no such file, no YAML mapping, a misspelt key, or a value of another type.
+    """
+    path = _find(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}; it must map sections to values")
+    values = _flat(tree)
+    settings = _filled(values, f"{path}: ", others_allowed=True)
+    given = dict(parse_words(words))
+    return settings if not given else _filled({**values, **given}, "", given=given)
+
+
+def settings_from(tree: Mapping[str, Any]) -> Settings:
+    """Settings out of a whole configuration as nested mappings (`dataclasses.asdict`).
+
+    Raises:
+        ValueError: a misspelt key, or a value of another type.
+    """
+    return _filled(_flat(tree), "", others_allowed=True)
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, inner in tree.items()
+        if isinstance(inner, Mapping)
+        for key, value in inner.items()
+    }
+
+
+def parse_words(words: Sequence[str]) -> list[tuple[str, Any]]:
+    """("section.key", value) of "--section.key=value" and "--section.key", "value".
+
+    Raises:
+        ValueError: a word is neither, or an option has no value.
+    """
+    pairs, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--") or "." not in word:
+            raise ValueError(f"unknown argument {word!r}; settings look like --rollout.slots=64")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not left:
+                raise ValueError(f"{word} has no value")
+            value = left.pop(0)
+        pairs.append((key.replace("-", "_"), yaml.safe_load(value)))
+    return pairs
+
+
+def _find(name: str) -> Path:
+    given = Path(name)
+    places = [given, given / "config.yaml", *(folder / f"{name}.yaml" for folder in CONFIG_FOLDERS)]
+    for place in places:
+        if place.is_file():
+            return place
+    known = sorted({file.stem for folder in CONFIG_FOLDERS for file in folder.glob("*.yaml")})
+    raise ValueError(
+        f"no configuration {name!r}; give a YAML file, a run folder or one of {', '.join(known)}"
+    )
+
+
+def _filled(
+    values: Mapping[str, Any],
+    where: str,
+    *,
+    others_allowed: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> Settings:
+    sections = {part.name: getattr(Settings(), part.name) for part in dataclasses.fields(Settings)}
+    known = {
+        f"{name}.{item.name}": getattr(section, item.name)
+        for name, section in sections.items()
+        for item in dataclasses.fields(section)
+    }
+    for key in values:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=MISSPELT if others_allowed else 0)
+        if (others_allowed and near) or (given is not None and key in given):
+            raise ValueError(f"{where}unknown setting {key}; did you mean {near[0]}?")
+    chosen: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for key, default in known.items():
+        if key in values:
+            section, _, name = key.partition(".")
+            chosen[section][name] = _typed(values[key], default, f"{where}{key}")
+    parts = {name: dataclasses.replace(sections[name], **chosen[name]) for name in sections}
+    return Settings(**parts)
+
+
+def _typed(value: Any, default: Any, where: str) -> Any:
+    if default is None:
+        return None if value is None else str(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(
+            f"{where}={value!r} is a {type(value).__name__}; it must be a {type(default).__name__}"
+        )
+    return value
+
+
+def model_of(settings: Settings, vocab_size: int) -> ModelConfig:
+    """Architecture of the policy; `vocab_size` where it is built from scratch for a tokenizer.
+
+    Raises:
+        ValueError: model.path has no readable config.json.
+    """
+    shape = settings.model
+    if shape.path is not None:
+        return model_zoo.find_model(shape.path).config
+    return ModelConfig(
+        family="qwen3", vocab_size=vocab_size, width=shape.width, num_layers=shape.num_layers,
+        num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_size=shape.head_size,
+        ffw_size=shape.ffw_size, qk_norm=shape.qk_norm, tied_embeddings=shape.tied_embeddings,
+    )  # fmt: skip

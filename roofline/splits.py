@@ -1,0 +1,361 @@
+"""Every way to split devices between generators and learner, with what a step then takes. The
+formulas are those of `roofline.closed_form`; `roofline.simulate` plays a split event by event.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from models.config import ModelConfig
+from roofline import cost
+from roofline.closed_form import closed_step_s, expected_staleness
+from roofline.hardware import Hardware
+from roofline.kernels import Layout, ceil_div
+from roofline.lengths import Lengths
+from roofline.memory import memory_per_device
+from roofline.phases import Phase
+from roofline.predict import predict
+from roofline.settings import Settings
+
+MAX_TENSOR = 8
+"""Tensor parallel devices share a node."""
+MAX_SPLITS = 64
+"""Learner sizes that are tried; on more devices they go up in equal strides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run's work, whatever the devices."""
+
+    model: ModelConfig
+    settings: Settings
+    lengths: Lengths
+
+    @cached_property
+    def held_steps(self) -> float:
+        """Mean decode steps that a completion holds its slot for."""
+        return self.lengths.in_chunks(self.settings.rollout.chunk_steps).mean
+
+    @property
+    def rows_per_step(self) -> int:
+        """Packed rows of one optimizer step at mean length."""
+        train, rollout = self.settings.train, self.settings.rollout
+        sequence = min(self.settings.max_tokens, rollout.max_prompt_tokens + self.lengths.mean)
+        return ceil_div(
+            self.settings.samples_per_step, max(1, int(train.row_tokens / max(1.0, sequence)))
+        )
+
+    @property
+    def verify_s(self) -> float:
+        """Time that the verifiers need for a step [s]; 0 workers: on the rollout lane."""
+        task = self.settings.task
+        return task.reward_latency_s * ceil_div(
+            self.settings.samples_per_step, max(1, task.reward_workers)
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LearnerOption:
+    """A learner mesh with the micro-batch that is fastest on it."""
+
+    layout: Layout
+    rows: int
+    """Packed rows per micro-batch."""
+    phase_s: dict[Phase, float]
+    """Seconds per optimizer step, publication left out."""
+    memory_bytes: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        """Scoring, training and optimizer, per step."""
+        return sum(self.phase_s.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutOption:
+    """A rollout mesh with a number of slots."""
+
+    layout: Layout
+    slots: int
+    decode_step_s: float
+    """One decode step over all slots."""
+    prefill_s: float
+    """Prompts of one optimizer step."""
+    steady_s: float
+    """Generation per optimizer step with all slots full."""
+    lockstep_s: float
+    """Until the slowest of P groups that start together is done."""
+    latency_s: float
+    """Mean time of one group in slots."""
+    memory_bytes: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """One way to run the job, and what comes of it."""
+
+    colocated: bool
+    max_staleness: int
+    """0: synchronous."""
+    learner: Layout
+    rollout: Layout
+    slots: int
+    rows_per_microbatch: int
+    step_s: float
+    """Seconds per optimizer step."""
+    samples_per_s: float
+    staleness: float
+    """Expected versions between a sample's birth and its consumption."""
+    idle: float
+    """Share of device time without work."""
+    learner_bytes: int
+    """Per learner device; colocated: learner and rollout together."""
+    rollout_bytes: int
+    phase_s: dict[Phase, float]
+    """Seconds per step of each phase, alone."""
+    decode_step_s: float
+
+    @property
+    def devices(self) -> int:
+        """Devices in use."""
+        both = self.learner.devices + self.rollout.devices
+        return self.learner.devices if self.colocated else both
+
+    @property
+    def mode(self) -> str:
+        """synchronous or asynchronous."""
+        return "asynchronous" if self.max_staleness else "synchronous"
+
+
+def spanning(hardware: Hardware, devices: int) -> Hardware:
+    """The same devices with the link rate that collectives over so many of them see.
+
+    Beyond one node a collective is bound by the node's egress, which its devices share the array
+    over: min(W_link, devices per node * W_network) (scaling book, gpus chapter).
+
+    Raises:
+        ValueError: more devices than a node has, and no known network between nodes.
+    """
+    if devices <= hardware.node_devices:
+        return hardware
+    if not hardware.network_bytes_per_s:
+        raise ValueError(
+            f"{devices} devices span nodes of {hardware.node_devices} x {hardware.name}, whose "
+            f"network is not known; use at most {hardware.node_devices} devices"
+        )
+    egress = hardware.node_devices * hardware.network_bytes_per_s
+    return dataclasses.replace(hardware, link_bytes_per_s=min(hardware.link_bytes_per_s, egress))
+
+
+def layouts(
+    model: ModelConfig, devices: int, dtype: str, *, learner: bool, max_tensor: int = MAX_TENSOR
+) -> Iterator[Layout]:
+    """Meshes of all `devices` that divide the model: tensor and, for the learner, fsdp and data."""
+    for tensor in _divisors(devices):
+        if tensor > max_tensor or model.num_kv_heads % tensor or model.ffw_size % tensor:
+            continue
+        rest = devices // tensor
+        for fsdp in _divisors(rest) if learner else (1,):
+            if model.width % fsdp == 0:
+                yield Layout(
+                    data=rest // fsdp, fsdp=fsdp, tensor=tensor, compute_dtype=dtype,
+                    param_dtype="float32" if learner else dtype, kv_dtype=dtype,
+                )  # fmt: skip
+
+
+def learner_options(job: Job, hardware: Hardware, devices: int) -> list[LearnerOption]:
+    """Each learner mesh of so many devices that fits, with its fastest micro-batch."""
+    found, spanned = [], spanning(hardware, devices)
+    for layout in layouts(job.model, devices, job.settings.model.dtype, learner=True):
+        options = [
+            option
+            for rows in _doublings(layout.row_shards, job.rows_per_step)
+            if (option := learner_option(job, spanned, layout, rows)) is not None
+        ]
+        if options:
+            found.append(min(options, key=lambda o: (o.seconds, sum(o.memory_bytes.values()))))
+    return found
+
+
+def rollout_options(job: Job, hardware: Hardware, devices: int) -> list[RolloutOption]:
+    """Each rollout mesh of so many devices with each number of slots that fits."""
+    settings = job.settings
+    most = settings.samples_per_step * (max(1, settings.rollout.max_staleness) + 1)
+    return [
+        option
+        for layout in layouts(job.model, devices, settings.model.dtype, learner=False)
+        for slots in _doublings(layout.data, most)
+        if (option := rollout_option(job, hardware, layout, slots)) is not None
+    ]
+
+
+def learner_memory(job: Job, layout: Layout, rows: int) -> dict[str, int]:
+    """Bytes by name of one learner device."""
+    train = job.settings.train
+    sizes = memory_per_device(
+        job.model, layout, trains=True, rows=rows, row_tokens=train.row_tokens,
+        remat=job.settings.model.remat, chunk_tokens=train.logprob_chunk_tokens,
+    )  # fmt: skip
+    return {**sizes, "reference": sizes["parameters"]} if job.settings.scores_reference else sizes
+
+
+def rollout_memory(job: Job, layout: Layout, slots: int) -> dict[str, int]:
+    """Bytes by name of one rollout device, while a new version arrives."""
+    return memory_per_device(
+        job.model, layout, slots=slots, snapshots=2, max_len=job.settings.max_tokens
+    )
+
+
+def learner_option(job: Job, hardware: Hardware, layout: Layout, rows: int) -> LearnerOption | None:
+    """Times of the learner on this mesh, `hardware` as its collectives see it; None if it does not
+    fit."""
+    memory = learner_memory(job, layout, rows)
+    if sum(memory.values()) > hardware.hbm_bytes:
+        return None
+    train = job.settings.train
+    micro = ceil_div(job.rows_per_step, rows)
+    costs = [
+        cost.train(
+            job.model, layout, train.row_tokens, rows, micro, job.settings.model.remat,
+            train.logprob_chunk_tokens,
+        ),
+        cost.optimizer(job.model, layout),
+    ]  # fmt: skip
+    if job.settings.scores_reference:
+        chunk = train.logprob_chunk_tokens
+        costs.append(cost.reference(job.model, layout, train.row_tokens, rows, micro, chunk))
+    shared = _sharing(hardware, layout)
+    seconds = {work.phase: shared * predict(work, hardware).expected_s for work in costs}
+    return LearnerOption(layout=layout, rows=rows, phase_s=seconds, memory_bytes=memory)
+
+
+def rollout_option(
+    job: Job, hardware: Hardware, layout: Layout, slots: int
+) -> RolloutOption | None:
+    """Times of generation on this mesh; None if it does not fit."""
+    memory = rollout_memory(job, layout, slots)
+    if sum(memory.values()) > hardware.hbm_bytes:
+        return None
+    settings, rollout = job.settings, job.settings.rollout
+    samples, group = settings.samples_per_step, settings.grpo.group_size
+    longest = rollout.max_prompt_tokens + round(job.lengths.expected_max(slots))
+    chunk = cost.decode(job.model, layout, slots, longest, rollout.chunk_steps)
+    shared = _sharing(hardware, layout)
+    step_s = shared * predict(chunk, hardware).expected_s / rollout.chunk_steps
+    prompts = settings.grpo.prompts_per_step
+    prefill = cost.prefill(job.model, layout, prompts, rollout.max_prompt_tokens, samples)
+    prefill_s = shared * predict(prefill, hardware).expected_s
+    if not settings.task.reward_workers:
+        prefill_s += job.verify_s
+    reused = max(0, samples - slots) / slots * job.held_steps
+    tail = job.lengths.expected_max(min(samples, slots))
+    return RolloutOption(
+        layout=layout,
+        slots=slots,
+        decode_step_s=step_s,
+        prefill_s=prefill_s,
+        steady_s=samples * job.held_steps / slots * step_s + prefill_s,
+        lockstep_s=(reused + tail) * step_s + prefill_s,
+        latency_s=job.lengths.expected_max(group) * step_s + prefill_s / prompts,
+        memory_bytes=memory,
+    )
+
+
+def disjoint(job: Job, hardware: Hardware, devices: int, max_staleness: int) -> list[Split]:
+    """All feasible splits into devices of their own."""
+    stride = max(1, devices // MAX_SPLITS)
+    return [
+        split_of(job, hardware, learner, rollout, max_staleness, colocated=False)
+        for learning in range(stride, devices, stride)
+        if (rollouts := rollout_options(job, hardware, devices - learning))
+        for learner in learner_options(job, hardware, learning)
+        for rollout in rollouts
+    ]
+
+
+def colocated(job: Job, hardware: Hardware, devices: int, max_staleness: int) -> list[Split]:
+    """All feasible ways to share all devices."""
+    return [
+        split_of(job, hardware, learner, rollout, max_staleness, colocated=True)
+        for learner in learner_options(job, hardware, devices)
+        for rollout in rollout_options(job, hardware, devices)
+        if sum(learner.memory_bytes.values()) + sum(rollout.memory_bytes.values())
+        <= hardware.hbm_bytes
+    ]
+
+
+def split_of(
+    job: Job, hardware: Hardware, learner: LearnerOption, rollout: RolloutOption,
+    max_staleness: int, *, colocated: bool,
+) -> Split:  # fmt: skip
+    """What becomes of the job on these two meshes."""
+    published = cost.publish(job.model, learner.layout, rollout.layout, same_devices=colocated)
+    devices = learner.layout.devices, rollout.layout.devices
+    spanned = spanning(hardware, devices[0] if colocated else sum(devices))
+    phase_s = {
+        Phase.PREFILL: rollout.prefill_s,
+        Phase.DECODE: rollout.steady_s - rollout.prefill_s,
+        **learner.phase_s,
+        Phase.PUBLISH: predict(published, spanned).expected_s,
+    }
+    verify_s = job.verify_s if job.settings.task.reward_workers else 0.0
+    learns = learner.seconds + phase_s[Phase.PUBLISH]
+    generates = rollout.steady_s if max_staleness else rollout.lockstep_s
+    contention = max(2.0, hardware.contention) if colocated else hardware.contention
+    step_s = closed_step_s(
+        rollout.steady_s, rollout.lockstep_s, learns, max_staleness, verify_s=verify_s,
+        contention=contention,
+    )  # fmt: skip
+    latency_s = rollout.latency_s + verify_s / job.settings.grpo.prompts_per_step
+    stale = expected_staleness(
+        rollout.steady_s, latency_s, learns, step_s, max_staleness, contention=contention
+    )
+    learner_bytes, rollout_bytes = (sum(o.memory_bytes.values()) for o in (learner, rollout))
+    if colocated:
+        idle = max(0.0, 1 - (generates + learns) / step_s)
+    else:
+        busy = learns * devices[0] + generates * devices[1]
+        idle = max(0.0, 1 - busy / (step_s * sum(devices)))
+    return Split(
+        colocated=colocated,
+        max_staleness=max_staleness,
+        learner=learner.layout,
+        rollout=rollout.layout,
+        slots=rollout.slots,
+        rows_per_microbatch=learner.rows,
+        step_s=step_s,
+        samples_per_s=job.settings.samples_per_step / step_s,
+        staleness=stale,
+        idle=idle,
+        learner_bytes=learner_bytes + (rollout_bytes if colocated else 0),
+        rollout_bytes=rollout_bytes,
+        phase_s=phase_s,
+        decode_step_s=rollout.decode_step_s,
+    )
+
+
+def with_staleness(settings: Settings, max_staleness: int) -> Settings:
+    """The same settings under another staleness bound."""
+    rollout = dataclasses.replace(settings.rollout, max_staleness=max_staleness)
+    return dataclasses.replace(settings, rollout=rollout)
+
+
+def _sharing(hardware: Hardware, layout: Layout) -> int:
+    """Devices of the mesh that compute on the same cores: simulated devices, one after another."""
+    return layout.devices if hardware.devices_share_cores else 1
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _doublings(first: int, needed: int) -> Iterator[int]:
+    """first, 2 first, 4 first, ... up to the one that holds `needed`."""
+    size = first
+    yield size
+    while size < needed:
+        size *= 2
+        yield size

@@ -1,0 +1,197 @@
+"""`python -m roofline.predict`: what one phase should take on some hardware, before anything runs.
+
+python -m roofline.predict --model qwen3-1.7b --hardware h100-80gb-sxm --devices 8 --phase decode
+    --batch 256 --kv-len 2048 --parallel.tensor 2 [--sweep batch=1..1024] [--json] [--svg FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from roofline.choose import find_hardware, find_model, report_errors
+from roofline.phases import Phase
+from roofline.predict import Prediction
+from roofline.question import GIB, PHASES, SWEEPABLE, Answer, Question, answer, parse_sweep
+from roofline.svg import curves, si
+
+COLUMNS_BESIDE_BAR = 66
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse and print; errors a user can mend end with exit code 2."""
+    options = _parser().parse_args(argv)
+    report_errors(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    question = _question(options)
+    console = Console()
+    if options.sweep is None:
+        seen = answer(question)
+        if options.json:
+            print(json.dumps({"question": dataclasses.asdict(question), **seen.to_json()}))
+        else:
+            _print_answer(question, seen, console)
+        return
+    name, values = parse_sweep(options.sweep)
+    answers: dict[int, Answer | str] = {}
+    for value in values:
+        try:
+            answers[value] = answer(dataclasses.replace(question, **{name: value}))
+        except ValueError as error:
+            answers[value] = str(error)
+    found = {value: seen for value, seen in answers.items() if isinstance(seen, Answer)}
+    if not found:
+        raise ValueError(f"no {name} of {options.sweep!r} works; the first: {answers[values[0]]}")
+    if options.svg:
+        options.svg.write_text(sweep_svg(name, found), encoding="utf-8")
+    if options.json:
+        rows = [
+            {name: value, **(seen.to_json() if isinstance(seen, Answer) else {"error": seen})}
+            for value, seen in answers.items()
+        ]
+        print(json.dumps(rows))
+    else:
+        _print_sweep(question, name, answers, console)
+
+
+def sweep_svg(name: str, answers: dict[int, Answer]) -> str:
+    """Expected time and both bounds over the swept size [ms]."""
+    pick: dict[str, Callable[[Prediction], float]] = {
+        "expected [ms]": lambda p: p.expected_s,
+        "lower bound [ms]": lambda p: p.lower_s,
+        "upper bound [ms]": lambda p: p.upper_s,
+    }
+    return curves(
+        {
+            label: [(value, 1e3 * of(seen.prediction)) for value, seen in answers.items()]
+            for label, of in pick.items()
+        },
+        name,
+    )
+
+
+def _question(options: argparse.Namespace) -> Question:
+    model, hardware = find_model(options.model, options.vocab_size), find_hardware(options.hardware)
+    tensor, fsdp, data = options.tensor, options.fsdp, options.data
+    for name in ("tensor", "fsdp", "batch", "kv_len", "tokens", "steps", "chunk_tokens"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be >= 1")
+    if options.devices is not None and data is None:
+        if options.devices % (tensor * fsdp):
+            step = tensor * fsdp
+            near = [n for n in (options.devices // step * step, -(-options.devices // step) * step)]
+            raise ValueError(
+                f"--devices={options.devices} is not a multiple of tensor * fsdp = {step}; use "
+                f"{' or '.join(str(n) for n in near if n)}"
+            )
+        data = options.devices // (tensor * fsdp)
+    data = data or 1
+    if options.devices not in (None, data * fsdp * tensor):
+        raise ValueError(
+            f"--devices={options.devices}, but data * fsdp * tensor = {data * fsdp * tensor}; "
+            "give one of the two"
+        )
+    phase = Phase(options.phase)
+    if fsdp > 1 and phase in (Phase.PREFILL, Phase.DECODE):
+        raise ValueError(f"{phase} gathers no weights: use --parallel.data {fsdp}, not fsdp")
+    return Question(
+        model=model, hardware=hardware, phase=phase, batch=options.batch, kv_len=options.kv_len,
+        tokens=options.tokens, steps=options.steps, data=data, fsdp=fsdp, tensor=tensor,
+        dtype=options.dtype, remat=options.remat, chunk_tokens=options.chunk_tokens,
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m roofline.predict",
+        description="Predicted time of one phase of a run, and what binds it.",
+        epilog=(__doc__ or "").partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="name, config.json of Hugging Face, or run folder")
+    add("--hardware", required=True, help="datasheet name, hardware JSON, run folder, or 'this'")
+    add("--phase", default="decode", choices=[phase.value for phase in PHASES])
+    add("--devices", type=int, help="all devices; data = devices / (tensor * fsdp)")
+    add("--parallel.tensor", dest="tensor", type=int, default=1, help="tensor parallel devices")
+    add("--parallel.fsdp", dest="fsdp", type=int, default=1, help="devices sharing the weights")
+    add("--parallel.data", dest="data", type=int, help="replicas")
+    add("--batch", type=int, default=1, help="sequences, prompts or packed rows, all devices")
+    add("--kv-len", type=int, default=1024, help="cached tokens that a decode step reads")
+    add("--tokens", type=int, default=1024, help="tokens of a prompt or of a packed row")
+    add("--steps", type=int, default=1, help="decode steps in one program")
+    add("--dtype", default="bfloat16", help="type of products, rollout weights and cache")
+    add("--remat", default="none", choices=["none", "block"], help="what backward recomputes")
+    add("--chunk-tokens", type=int, default=4096, help="tokens whose logits exist at once")
+    add("--vocab-size", type=int, default=128, help="for a run whose policy starts from scratch")
+    add("--sweep", metavar="NAME=A..B", help=f"one of {', '.join(SWEEPABLE)}; or NAME=1,8,64")
+    add("--svg", type=Path, help="write the sweep's curves to this file")
+    add("--json", action="store_true", help="machine-readable output")
+    return parser
+
+
+def _print_answer(question: Question, seen: Answer, console: Console) -> None:
+    p, hardware = seen.prediction, question.hardware
+    mesh = f"data {question.data} x fsdp {question.fsdp} x tensor {question.tensor}"
+    known = f"calibrated {hardware.date}" if hardware.calibrated else "datasheet"
+    console.print(
+        f"{question.phase} on {question.layout.devices} x {hardware.name} ({known}), {mesh}"
+    )
+    table = Table(box=None, pad_edge=False, show_header=False)
+    held = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.2f}" for k, v in seen.memory_bytes.items())
+    rows = [
+        ("expected", f"{si(p.expected_s, 's')}, bound by {p.bound}"),
+        ("tuned kernels", _interval(seen)),
+        ("bound", f"{si(p.lower_s, 's')} if all overlaps, {si(p.upper_s, 's')} if nothing does"),
+        ("parts", f"compute {si(p.compute_s, 's')}, memory {si(p.memory_s, 's')}, link "
+                  f"{si(p.link_s, 's')}, fixed {si(p.overhead_s, 's')}"),
+        ("work per device", f"{si(seen.cost.flops, 'flop')}, {si(seen.cost.hbm_bytes, 'B')}, sends "
+                            f"{si(seen.cost.link_bytes, 'B')} in {seen.cost.collectives} collectives"),
+        ("intensity", f"{seen.intensity:.3g} flop/B; memory binds below "
+                      f"{seen.critical_intensity:.3g}"),
+        ("MFU, MBU", f"{seen.mfu:.1%}, {seen.mbu:.1%}"),
+        ("tokens", f"{si(seen.tokens_per_s)}/s" if seen.tokens_per_s else "-"),
+        ("memory per device", f"{sum(seen.memory_bytes.values()) / GIB:.2f} of "
+                              f"{hardware.hbm_bytes / GIB:.1f} GiB: {held}"),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _print_sweep(
+    question: Question, name: str, answers: dict[int, Answer | str], console: Console
+) -> None:
+    width = max(8, console.width - COLUMNS_BESIDE_BAR)
+    longest = max(a.prediction.expected_s for a in answers.values() if isinstance(a, Answer))
+    table = Table(title=f"{question.phase} on {question.hardware.name}", box=None, pad_edge=False)
+    for column in (name, "expected", "bound", "binds", "MFU", "MBU", "tokens/s", "GiB"):
+        table.add_column(column, justify="right")
+    table.add_column("expected time", no_wrap=True)
+    for value, seen in answers.items():
+        if isinstance(seen, str):
+            table.add_row(str(value), *["-"] * 7, seen.partition(";")[0])
+            continue
+        p = seen.prediction
+        table.add_row(
+            str(value), si(p.expected_s, "s"), si(p.lower_s, "s"), p.bound, f"{seen.mfu:.1%}",
+            f"{seen.mbu:.1%}", si(seen.tokens_per_s),
+            f"{sum(seen.memory_bytes.values()) / GIB:.2f}",
+            "#" * max(1, round(width * p.expected_s / longest)),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _interval(seen: Answer) -> str:
+    if seen.tuned_s is None:
+        return "-"
+    expected, low, high = (si(value, "s") for value in seen.tuned_s)
+    return f"{expected}, 80 % between {low} and {high} (trainers' and servers' operators)"

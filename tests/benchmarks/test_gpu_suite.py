@@ -1,0 +1,358 @@
+"""The GPU suite at tiny shapes on the CPU: every case runs, results survive, the tables say what is there."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from benchmarks import gpu_table, record
+from benchmarks.gpu import suite
+from benchmarks.gpu.cases import GPU, KINDS, TINY, Case
+from benchmarks.gpu.phases import model_flops
+from benchmarks.gpu.profile import Event, most_expensive, own_times, ranked, sources
+from benchmarks.gpu.report import Target, report, targets
+from benchmarks.gpu.store import Store, load_results
+from benchmarks.gpu.suite import Call
+from benchmarks.gpu.worker import run_case
+from roofline import cost
+from roofline.datasheets import datasheet
+from roofline.kernels import Layout
+
+PARAMETERS = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
+"""Of the published checkpoints (Hugging Face Qwen/Qwen3-0.6B and -1.7B), a tied head counted once."""
+HARDWARE = datasheet("h200")  # a stand-in: nothing here depends on what the CPU can do
+CALIBRATION = {"status": "done", "hardware": HARDWARE.to_json(), "wall_s": 0.0}
+MISSING_ON_THE_GPU_IMAGE = ("grain", "tensorboardX", "tyro", "sentencepiece", "safetensors")
+WITHOUT = """
+import importlib, runpy, sys
+for name in sys.argv[1:]:
+    sys.modules[name] = None  # its import fails
+for name in ("benchmarks.gpu.suite", "benchmarks.gpu_table"):
+    importlib.import_module(name)
+runpy.run_module("benchmarks.gpu.worker", run_name="__main__")
+"""
+PEERS = record.ROOT / ".venv-peers" / "bin" / "python"
+
+
+@pytest.fixture(autouse=True)
+def usual_promotion():
+    """As in a run: optax raises floats to integer counts, which the tests' strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def case_of(kind: str) -> Case:
+    """The largest tiny case of a kind: the asynchronous one, the one with recomputation."""
+    cases = [case for case in TINY.cases() if case.kind == kind]
+    return max(cases, key=lambda case: (case.rows, case.remat == "block", case.max_staleness))
+
+
+def call(kinds: tuple[str, ...] = KINDS, *, seconds: float = 300.0, profile: bool = False) -> Call:
+    return Call(
+        scale=TINY, device="cpu", kinds=kinds, deadline_s=time.monotonic() + seconds,
+        profile=profile, models=list(TINY.models),
+    )  # fmt: skip
+
+
+def open_store(folder: Path) -> Store:
+    return Store.open(folder, TINY, "a device", "0" * 40, more=())
+
+
+@pytest.mark.parametrize("scale", [GPU, TINY], ids=lambda scale: scale.name)
+def test_cases_have_names_of_their_own_and_cover_every_kind(scale) -> None:
+    names = [case.name for case in scale.cases()]
+    assert len(set(names)) == len(names)
+    assert {case.kind for case in scale.cases()} == set(KINDS)
+    assert all(tokens % scale.sequence == 0 for _, tokens in scale.packed)
+
+
+def test_the_shapes_are_those_of_the_published_models() -> None:
+    assert {name: model.num_parameters for name, model in GPU.models.items()} == PARAMETERS
+
+
+def test_model_flops_agree_with_the_cost_of_scoring_when_every_key_is_seen() -> None:
+    model, rows, tokens = TINY.models["tiny"], 2, 32
+    work = cost.score(model, Layout(), tokens, rows, chunk_tokens=TINY.chunk_tokens)
+    total = rows * tokens
+    assert model_flops(model, total, tokens, headed=total, backward=False) == work.flops
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill", "score", "train", "grpo"])
+def test_a_case_is_measured_beside_its_bound_and_prediction(kind: str) -> None:
+    result = run_case(TINY, case_of(kind), HARDWARE)
+    assert result["status"] == "done"
+    assert result["measured_s"]["min"] > 0
+    assert 0 < result["bound_s"] <= result["expected_s"]
+    assert result["ratio"] == result["measured_s"]["median"] / result["expected_s"]
+    assert result["peak_bytes"] > 0
+    if kind == "grpo":
+        assert {"decode", "train", "optimizer", "publish"} <= result["phase_s"].keys()
+
+
+def test_a_profile_names_the_kernels_that_took_the_time() -> None:
+    case = case_of("prefill")
+    kernels = run_case(TINY, case, None, profiled=True)["kernels"]
+    shares = [kernel["share"] for kernel in kernels]
+    assert 1 < len(kernels) <= 10
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 1 + 1e-9  # sums of floats
+    assert any("prefill" in kernel["program"] for kernel in kernels)
+
+
+def test_a_trace_without_kernels_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="holds no kernel"):
+        most_expensive(lambda: None)
+
+
+def test_time_inside_a_loop_is_counted_once() -> None:
+    def event(name: str, start: float, duration: float) -> Event:
+        return Event(
+            kernel=name, operation=name, program="jit_f", start_ns=start, duration_ns=duration
+        )
+
+    line = [event("while.1", 0, 100), event("dot.7", 10, 30)]
+    line += [event("dot.8", 50, 40), event("add", 100, 20)]
+    assert {e.kernel: ns for e, ns in own_times(line)} == {
+        "while.1": 30, "dot.7": 30, "dot.8": 40, "add": 20,
+    }  # fmt: skip
+    first = ranked([line], {("jit_f", "dot.7"): "mlp", ("jit_f", "dot.8"): "mlp"})[0]
+    assert (first["kernel"], first["source"], first["calls"]) == ("dot", "mlp", 2)
+    assert first["share"] == pytest.approx(70 / 120)
+
+
+def test_the_source_of_a_kernel_is_read_from_the_program_it_belongs_to(tmp_path: Path) -> None:
+    for program, source in (("jit_f", "jit(f)/mlp/dot"), ("jit_g", "jit(g)/head/dot")):
+        text = f'HloModule {program}, x=1\n  %dot.3 = f32[2]{{0}} dot(a), metadata={{op_name="{source}" l=1}}\n'
+        (tmp_path / f"module_1.{program}.after_optimizations.txt").write_text(text)
+    assert sources(tmp_path) == {
+        ("jit_f", "dot.3"): "jit(f)/mlp/dot", ("jit_g", "dot.3"): "jit(g)/head/dot",
+    }  # fmt: skip
+
+
+def test_the_command_runs_what_is_left_without_what_a_gpu_image_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "WORKER", ("-c", WITHOUT, *MISSING_ON_THE_GPU_IMAGE))
+    arguments = ["--device", "cpu", "--only", "publish", "--out", str(tmp_path), "--minutes", "4"]
+    store = Store.open(tmp_path, TINY, suite.device_name("cpu"), None, more=())
+    store.put(Case(kind="calibrate", model="tiny").name, CALIBRATION, profiled=False)
+    with pytest.raises(SystemExit) as ended:
+        suite.main(arguments)
+    assert ended.value.code == 0
+    results = json.loads(store.path.read_text())["results"]
+    assert results["tiny publish"]["measured_s"]["rounds"] >= 5
+    assert "| publish |" in store.path.with_suffix(".md").read_text()
+    monkeypatch.setattr(suite, "_run_process", lambda *_: pytest.fail("a finished case ran again"))
+    with pytest.raises(SystemExit):
+        suite.main(arguments)
+    assert json.loads(store.path.read_text())["results"] == results
+
+
+def test_a_finished_case_survives_and_other_sources_start_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_of("decode")
+    store = open_store(tmp_path)
+    store.put(case.name, {"status": "done"}, profiled=False)
+    again = open_store(tmp_path)
+    assert again.is_finished(case)
+    assert again.path == store.path
+    monkeypatch.setattr("benchmarks.gpu.store.digest_of_sources", lambda: "changed")
+    changed = open_store(tmp_path)
+    assert not changed.is_finished(case)
+    assert changed.path != store.path
+
+
+def test_results_brought_from_another_machine_are_gone_on_with(tmp_path: Path) -> None:
+    brought, out, case = tmp_path / "brought", tmp_path / "out", case_of("decode")
+    open_store(brought).put(case.name, {"status": "done"}, profiled=False)
+    store = Store.open(out, TINY, "a device", None, more=(brought,))
+    assert store.is_finished(case)
+    store.save()
+    assert store.path.parent == out
+
+
+def test_a_failed_case_is_tried_again_and_one_without_room_is_not(tmp_path: Path) -> None:
+    case, store = case_of("decode"), open_store(tmp_path)
+    store.put(case.name, {"status": "failed", "why": "?"}, profiled=False)
+    assert not store.is_finished(case)
+    store.put(case.name, {"status": "no room", "why": "?"}, profiled=False)
+    assert store.is_finished(case)
+
+
+def test_no_folder_of_this_machine_gets_into_the_results(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.put("a", {"status": "failed", "why": f"in {record.ROOT}/x.py"}, profiled=False)
+    assert store.content["results"]["a"]["why"] == "in ./x.py"
+    store.content["results"]["a"]["log"] = str(record.ROOT)
+    with pytest.raises(ValueError, match="name the path"):
+        store.save()
+
+
+def test_nothing_starts_after_the_time_is_over(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert suite.run(call(seconds=-1.0), store) == len(TINY.cases())
+    assert store.content["results"] == {}
+
+
+def test_a_case_is_cut_off_when_the_time_is_over(tmp_path: Path, capsys) -> None:
+    case, store = case_of("decode"), open_store(tmp_path)
+    program = f'import time; print(\'{{"begun": "{case.name}"}}\', flush=True); time.sleep(60)'
+    began = time.monotonic()
+    suite._run_process(call(seconds=0.5), store, [case], [sys.executable, "-c", program])
+    assert time.monotonic() - began < 30
+    assert store.content["results"] == {}
+    assert f"during {case.name}" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_fails_its_case_with_a_reason(tmp_path: Path, capsys) -> None:
+    case, store = case_of("decode"), open_store(tmp_path)
+    program = "import sys; print('the end', file=sys.stderr); sys.exit(3)"
+    suite._run_process(call(), store, [case], [sys.executable, "-c", program])
+    result = store.content["results"][case.name]
+    assert (result["status"], "code 3" in result["why"]) == ("failed", True)
+    assert "the end" in capsys.readouterr().err
+
+
+def test_peers_that_are_not_installed_are_skipped_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(suite, "PEERS_PYTHON", (str(tmp_path / "absent"),))
+    store = open_store(tmp_path)
+    assert suite.run(call(("peers",)), store) == 0
+    assert {r["status"] for r in store.content["results"].values()} == {"skipped"}
+    assert "not installed" in capsys.readouterr().out
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        suite.main(["--only", "decoed"])
+    assert ended.value.code == 2
+    assert "decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("reached", "most", "verdict"),
+    [(0.7, False, "reached"), (0.5, False, "missed by 1.30x"), (0.5, True, "reached"),
+     (1.3, True, "missed by 2.00x"), (None, False, "not measured")],
+)  # fmt: skip
+def test_a_missed_figure_says_by_how_much(reached, most: bool, verdict: str) -> None:
+    assert Target(name="x", wanted=0.65, reached=reached, most=most).verdict == verdict
+
+
+def made_up(seconds: float) -> dict[str, object]:
+    spread = {"median": seconds, "min": seconds, "max": seconds, "rounds": 5}
+    return {
+        "status": "done", "measured_s": spread, "bound_s": 0.5, "expected_s": 0.8, "binds": "memory",
+        "share_of_bound": 0.5 / seconds, "ratio": seconds / 0.8, "tokens_per_s": 100 / seconds,
+        "mfu": 0.4, "peak_bytes": 2**30, "peak_is_this_cases": True, "wall_s": 1.0,
+    }  # fmt: skip
+
+
+def made_up_results(folder: Path) -> Store:
+    model, peer = "qwen3-0.6b", {"status": "done", "wall_s": 1.0}
+    spread = made_up(10.0)["measured_s"]
+    store = Store.open(folder, GPU, "Device X", "0" * 40, more=())
+    for name, result in {
+        "decode 256x512": made_up(1.0), "decode 1x512": made_up(1.0), "rollout": made_up(1.0),
+        "train 8x2048 remat": made_up(2.0), "train 8x2048": made_up(1.0),
+        "optimizer": {**made_up(1.0), "tokens_per_s": 0.0},
+        "publish": {**made_up(1.0), "copy_s": 0.5},
+        "peers generate": {**peer, "measured_s": spread, "tokens_per_s": 10.0},
+        "peers train 8x2048": {**peer, "measured_s": spread, "tokens_per_s": 50.0},
+        "grpo synchronous": {"status": "no room", "why": "too large"},
+    }.items():  # fmt: skip
+        store.put(f"{model} {name}", result, profiled=False)
+    return store
+
+
+def test_the_figures_to_reach_use_the_best_variant_of_each_side(tmp_path: Path) -> None:
+    found = {t.name: t for t in targets(made_up_results(tmp_path).content["results"])}
+    assert found["qwen3-0.6b decode 256x512: share of bound"].verdict == "missed by 1.30x"
+    assert found["qwen3-0.6b publication over a bare copy"].reached == 2
+    assert found["qwen3-0.6b rollout over PyTorch"].reached == 10
+    # 100 tokens in 1 s of training and 1 s of optimizer against 50 tokens/s
+    assert found["qwen3-0.6b train step with optimizer over PyTorch"].reached == 1
+    assert found["qwen3-0.6b score 8x2048: MFU"].verdict == "not measured"
+
+
+def test_the_report_names_what_was_not_measured(tmp_path: Path) -> None:
+    text = report(made_up_results(tmp_path).content)
+    assert "grpo synchronous: no room, too large" in text
+    assert "| decode 256x512 | 500.00 | 800.00 | 1000.00 (1000.00 to 1000.00) | 50.0% |" in text
+
+
+def test_the_readme_table_holds_the_newest_results_of_each_device(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{gpu_table.START}old\n{gpu_table.END}\nafter\n")
+    old = made_up_results(tmp_path)
+    old.content["provenance"]["date"] = "2020-01-01 00:00 UTC"
+    old.content["key"]["sources"] = "older"
+    old.save()
+    newer = made_up_results(tmp_path)
+    assert newer.path != old.path
+    assert next(r["key"]["sources"] for r in load_results(tmp_path)) == "older"
+    gpu_table.main(["--results", str(tmp_path), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old\n" not in text
+    assert text.count("Device X:") == 1
+    assert newer.content["key"]["sources"] in text
+    assert "| qwen3-0.6b | decode 256x512 | 500.00 | 800.00 | 1000.00 | 50% |" in text
+
+
+def test_without_gpu_results_the_readme_stays_as_it_is(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{gpu_table.START}kept\n{gpu_table.END}")
+    open_store(tmp_path).save()  # tiny shapes on a CPU are no GPU results
+    with pytest.raises(SystemExit, match="run it on a GPU first"):
+        gpu_table.main(["--results", str(tmp_path), "--readme", str(readme)])
+    assert "kept" in readme.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PEERS.is_file(), reason="make peers makes the environment of the peers")
+def test_pytorch_runs_the_same_shapes(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    assert suite.run(call(("peers",)), store) == 0
+    for name, result in store.content["results"].items():
+        assert result["status"] == "done", (name, result)
+        assert result["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_whole_suite_runs_by_its_command(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--device", "cpu", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=record.ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True,
+        text=True, timeout=290, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert results.keys() == {case.name for case in TINY.cases()}
+
+
+@pytest.mark.gpu
+def test_the_suite_measures_on_a_gpu(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "benchmarks/gpu_suite.py",
+        "--only",
+        "publish",
+        "--out",
+        str(tmp_path),
+    ]
+    subprocess.run([*command, "--models", "qwen3-0.6b"], cwd=record.ROOT, check=True)
+
+
+def test_a_case_can_be_sent_to_a_process() -> None:
+    for case in GPU.cases():
+        assert Case(**json.loads(json.dumps(dataclasses.asdict(case)))) == case

@@ -1,0 +1,165 @@
+"""Each algorithm file against its paper's objective, restated in numpy: value and gradient.
+
+papers.py holds the batch and the objectives. The sampler is stale, and where the algorithm makes several
+updates, the learner has moved since the first. The whole path runs: groups, advantages, filters, scores,
+minibatches, packing, loss.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl.algorithms.loss import policy_loss, value_loss
+from jaxrl.batch import Batch
+from jaxrl.cli import load_algorithm, resolve_config
+from jaxrl.config import Config, GrpoConfig
+from jaxrl.learner.learner import Scores
+from jaxrl.learner.prepare import Rows, prepare
+from jaxrl.presets import presets
+from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
+
+_spec = importlib.util.spec_from_file_location("papers", Path(__file__).with_name("papers.py"))
+papers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(papers)
+
+VALUE = 2e-6  # float32 sums of some 40 terms of size 1, weighted to a mean, against float64
+SLOPE = 5e-5  # float32 derivatives along directions of norm 6; central differences add 1e-8
+STEP = 1e-5
+
+
+def _groups() -> list[RolloutGroup]:
+    return [
+        RolloutGroup(
+            prompt=Prompt(
+                index=p, problem=Problem(id=p, prompt="", answer="", solution=""),
+                tokens=tuple(int(t) for t in papers.TOKENS[p][0][:2]),
+            ),
+            birth_version=0,
+            rollouts=tuple(_rollout(p, g) for g in range(3)),
+        )
+        for p in range(4)
+    ]  # fmt: skip
+
+
+def _rollout(p: int, g: int) -> Rollout:
+    tokens = papers.TOKENS[p][g]
+    size = len(tokens) - 2
+    return Rollout(
+        completion=Completion(
+            tokens=tokens[2:].astype(np.int32),
+            sampler_logprobs=papers.logprobs(papers.SAMPLER, tokens).astype(np.float32),
+            versions=np.zeros(size, np.int32),
+            finish=Finish.LENGTH if size == papers.LONGEST else Finish.STOP,
+            sample_index=g,
+        ),
+        text="",
+        reward=Reward(total=float(papers.REWARDS[p][g]), correct=papers.REWARDS[p][g] == 1),
+    )
+
+
+def _score(theta, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    log_p = jax.nn.log_softmax(jnp.asarray(theta, jnp.float32)[batch.tokens])
+    logprobs = jnp.take_along_axis(log_p, jnp.asarray(batch.targets)[..., None], axis=-1)[..., 0]
+    return logprobs, -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+
+class BigramLearner:
+    """Scores with the parameters at the start of the step."""
+
+    kl_weight = 0.0
+
+    def __init__(self, grpo: GrpoConfig, start: np.ndarray) -> None:
+        self.kl_weight, self._start = grpo.kl_weight, start
+
+    def set_kl_weight(self, weight: float) -> None:
+        raise NotImplementedError
+
+    def score_batches(self, batches):
+        return [
+            Scores(
+                logprobs=np.asarray(_score(self._start, b)[0]),
+                entropy=np.asarray(_score(self._start, b)[1]),
+                reference_logprobs=np.asarray(_score(papers.REFERENCE, b)[0]),
+                values=papers.VALUES[b.tokens].astype(np.float32),
+            )
+            for b in batches
+        ]
+
+
+def _total(theta, batches: list[Batch], grpo: GrpoConfig) -> jax.Array:
+    total = jnp.float32(0)
+    for batch in batches:
+        logprobs, entropy = _score(theta, batch)
+        reference = _score(papers.REFERENCE, batch)[0] if grpo.uses_reference else None
+        total = total + policy_loss(
+            logprobs, entropy, batch, learner_logprobs=batch.learner_logprobs,
+            reference_logprobs=reference, settings=grpo,
+        )[0]  # fmt: skip
+    return total
+
+
+def _settings(name: str) -> GrpoConfig:
+    base = Config(grpo=GrpoConfig(prompts_per_step=4, group_size=3))
+    return load_algorithm(resolve_config(name, "--algorithm"), base)[0].grpo
+
+
+ROWS = Rows(row_tokens=17, rows_per_microbatch=2, max_new_tokens=papers.LONGEST)
+
+
+@pytest.mark.parametrize("name", papers.PAPERS)
+def test_value_and_gradient_are_those_of_the_papers_objective(name):
+    settings = _settings(name)
+    start = papers.OLD if settings.scores_first else papers.THETA
+    prepared = prepare(_groups(), settings, ROWS, BigramLearner(settings, start))
+    pays_length = name in ("magistral", "control_format")
+    dropped = papers.WITHOUT_SIGNAL if settings.drop_zero_advantage and not pays_length else []
+    if name == "control_format":
+        dropped = [0, 3]  # every completion of these ended by itself
+    kept = [p for p in range(4) if p not in dropped]
+    shares = [share for share in np.array_split(kept, settings.minibatches) if share.size]
+    if name == "raft":
+        shares = [np.array([0, 1, 3])]
+    assert len(prepared.minibatches) == len(shares)
+    moved = 0.0
+    for batches, share in zip(prepared.minibatches, shares, strict=True):
+
+        def objective(theta, share=share):
+            views = {p: [papers.view(theta, p, g, start) for g in range(3)] for p in kept}
+            return -papers.PAPERS[name]([views[p] for p in share], list(views.values()))
+
+        value, gradient = jax.value_and_grad(_total)(
+            jnp.asarray(papers.THETA, jnp.float32), batches, settings
+        )
+        np.testing.assert_allclose(float(value), objective(papers.THETA), atol=VALUE, rtol=2e-6)
+        for direction in papers.DIRECTIONS:
+            numeric = objective(papers.THETA + STEP * direction) - objective(
+                papers.THETA - STEP * direction
+            )
+            slope = float(np.sum(np.asarray(gradient, np.float64) * direction))
+            np.testing.assert_allclose(slope, numeric / (2 * STEP), atol=SLOPE)
+            moved = max(moved, abs(slope))
+    assert moved > 100 * SLOPE
+
+
+def test_every_algorithm_has_its_objective_restated():
+    assert {preset.name for preset in presets()} == set(papers.PAPERS) | papers.NO_OBJECTIVE
+
+
+def test_the_value_loss_is_half_the_larger_of_two_squares():
+    """PPO's critic: returns of lambda 1, values clipped to within 0.1 of those at the start."""
+    settings = _settings("ppo_shared")
+    (batch, *_), *_ = prepare(
+        _groups(), settings, ROWS, BigramLearner(settings, papers.OLD)
+    ).minibatches
+    values = batch.values + papers.RNG.normal(0, 0.2, batch.values.shape).astype(np.float32)
+    start, returns = batch.values, batch.returns
+    clipped = np.clip(values, start - 0.1, start + 0.1)
+    larger = np.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    expected = 0.5 * (batch.token_weights * larger)[batch.loss_mask].sum()
+    got, in_force = value_loss(jnp.asarray(values), batch, clip=0.1)
+    np.testing.assert_allclose(float(got), expected, atol=VALUE)
+    assert 0 < float(in_force) < batch.loss_mask.sum()

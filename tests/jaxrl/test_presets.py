@@ -1,0 +1,189 @@
+"""Algorithm files: each parses, names its source, composes; the table and the listing; what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxrl import cli
+from jaxrl.config import Config, GrpoConfig, RolloutConfig
+from jaxrl.errors import UserError
+from jaxrl.presets import END, START, Preset, listing, presets, table, with_table
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS = {"grpo", "sft", "train"}  # a task, a model and a mesh are nobody's algorithm
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Preset, ...]:
+    return presets()
+
+
+def test_every_algorithm_has_a_source_and_says_how_it_departs(shipped):
+    assert len(shipped) >= 30
+    for preset in shipped:
+        assert preset.about.source
+        assert preset.about.departures
+        assert all(preset.choices)
+
+
+def test_an_algorithm_touches_neither_task_nor_model_nor_devices(shipped):
+    for preset in shipped:
+        changed = cli.config_difference(Config(), preset.config)
+        assert {key.partition(".")[0] for key in changed} <= SECTIONS, preset.name
+        assert not {"grpo.prompts_per_step", "grpo.group_size", "train.learning_rate"} & set(
+            changed
+        )
+
+
+def test_no_two_algorithms_are_the_same(shipped):
+    configs = [preset.config for preset in shipped]
+    assert len(set(configs)) == len(configs)
+    assert next(p for p in shipped if p.name == "bypass").config == Config()  # written out
+
+
+def test_an_algorithm_replaces_all_of_grpo_but_the_batch(shipped):
+    """Whatever the configuration below says, as stories does of KL and clip."""
+    base = cli.load_config(cli.resolve_config("stories"))
+    for preset in shipped:
+        made, _ = cli.load_algorithm(cli.resolve_config(preset.name, "--algorithm"), base)
+        assert made.grpo == dataclasses.replace(
+            preset.config.grpo,
+            prompts_per_step=base.grpo.prompts_per_step,
+            group_size=base.grpo.group_size,
+        )
+        assert (made.task, made.model, made.rollout) == (base.task, base.model, base.rollout)
+
+
+def test_the_command_line_wins_over_the_algorithm():
+    words = ["--algorithm", "dapo", "--grpo.clip-high=0.5"]
+    assert cli.parse_args(words).config.grpo.clip_high == 0.5
+
+
+@pytest.mark.parametrize(
+    "name", ["gspo", "gspo.yaml", "algorithms/gspo", "configs/algorithms/gspo.yaml"]
+)
+def test_an_algorithm_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.parse_args(["--algorithm", name]).config.grpo.ratio == "gspo"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--algorithm", "gsop"], "did you mean gspo?"),
+        (["--algorithm", "gspo", "--algorithm=dapo"], "--algorithm is given 2 times"),
+    ],
+)
+def test_a_wrong_algorithm_is_refused_with_a_remedy(words, said):
+    with pytest.raises(UserError, match=said.replace("?", r"\?")):
+        cli.parse_args(words)
+
+
+def test_a_file_without_its_source_is_no_algorithm(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("about: {source: me}\ngrpo: {clip_high: 0.3}\n")
+    with pytest.raises(UserError, match="a section 'about' with exactly departures, source"):
+        cli.load_algorithm(path, Config())
+
+
+def test_a_misspelt_key_of_an_algorithm_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text('about: {source: me, departures: "-"}\ngrpo: {clip_hihg: 0.3}\n')
+    with pytest.raises(UserError, match=r"mine\.yaml is not a valid configuration"):
+        cli.load_algorithm(path, Config())
+
+
+def test_readme_holds_the_table_made_from_the_files():
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_table_is_replaced_between_its_markers():
+    old = f"before\n{START}\n| old |\n{END}\nafter\n"
+    assert with_table(old) == f"before\n{table()}\nafter\n"
+    with pytest.raises(UserError, match="add both"):
+        with_table("no markers")
+
+
+def test_the_listing_has_a_line_for_each_algorithm(shipped):
+    lines = listing().splitlines()
+    assert [line.split()[0] for line in lines] == [preset.name for preset in shipped]
+
+
+def test_the_listing_is_printed_without_a_run():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrl.train", "--list-algorithms"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == listing()
+
+
+BATCH = {"drop_zero_advantage": False}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ratio": "gspo", "aggregation": "sequence_sum"}, "sequence ratio and needs"),
+        ({"ratio": "gspo_token"}, "sequence ratio and needs"),
+        (
+            {"ratio": "gspo", "aggregation": "sequence_mean", "advantage_baseline": "value",
+             "advantage_scale": "none", **BATCH},
+            "set grpo.ratio=gspo_token",
+        ),
+        ({"correction": "truncated"}, "by learner/sampler twice"),
+        ({"kl_in": "reward", "kl_estimator": "k1"}, "subtracts nothing"),
+        ({"kl_in": "reward", "kl_weight": 0.1}, "k1 is exact there"),
+        (
+            {"kl_in": "reward", "kl_weight": 0.1, "kl_estimator": "k1", "kl_bound": 10.0},
+            "set grpo.kl_in=loss",
+        ),
+        ({"kl_target": 1.0}, "adapts the KL of grpo.kl_in=reward only"),
+        ({"reference_refresh_steps": 10}, "refreshes a reference that nothing uses"),
+        ({"group_size": 1}, "at least 2 samples"),
+        ({"advantage_baseline": "none", "advantage_scale": "none"}, "drop_zero_advantage=false"),
+        ({"advantage_baseline": "value", **BATCH}, "compares samples of a group"),
+        (
+            {"advantage_baseline": "value", "advantage_scale": "batch_std", **BATCH},
+            "rewards per token",
+        ),
+        ({"refill_rounds": 3, **BATCH}, "grpo.drop_zero_advantage=true drops"),
+        ({"minibatches": 17}, "a minibatch holds whole groups"),
+        ({"count_masked": True}, "set both or neither"),
+        ({"mask_truncated": True, "count_masked": True, "minibatches": 2}, "over the whole batch"),
+        ({"length_reward": "soft_overlong"}, "needs a buffer"),
+        ({"overlong_buffer": 4}, "nothing else uses one"),
+        ({"ratio": "cispo", "clip_bounds": "absolute"}, "0 <= clip_low=0.2 <= 1 <= clip_high"),
+        ({"ratio": "cispo", "dual_clip": 3.0}, "bounds the PPO clip only"),
+        ({"entropy_shaping": 0.4, "entropy_shaping_bound": 1.0}, "advantages change sign"),
+        ({"top_entropy_share": 0.0}, "must lie in"),
+        ({"mask_low": 1.1}, "either side of 1"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_with_the_reason(settings, said):
+    with pytest.raises(UserError) as refused:
+        GrpoConfig(**settings)
+    assert said in str(refused.value)
+
+
+def test_a_filtered_sampler_refuses_a_ratio_to_it():
+    with pytest.raises(UserError, match=r"grpo\.ratio_from=learner, or top_p=1"):
+        Config(rollout=RolloutConfig(top_p=0.9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({}, False),
+        ({"ratio_from": "learner"}, False),
+        ({"ratio_from": "learner", "epochs": 2}, True),
+        ({"epochs": 2}, False),
+        ({"top_entropy_share": 0.2}, True),
+        ({"sequence_mask": "geometric", "minibatches": 2}, True),
+    ],
+)
+def test_the_batch_is_scored_first_only_where_something_needs_it(settings, first):
+    assert GrpoConfig(**settings).scores_first == first

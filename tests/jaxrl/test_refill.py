@@ -1,0 +1,96 @@
+"""Dynamic sampling: groups without signal are replaced, within the budget and the staleness bound."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+
+from jaxrl.buffer import BufferClosed, GroupBuffer
+from jaxrl.config import GrpoConfig
+from jaxrl.refill import take_batch
+from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
+
+P, LONGEST = 4, 8
+
+
+class Stream:
+    """Prompt `index` of an endless stream."""
+
+    def at(self, index: int) -> Prompt:
+        problem = Problem(id=index, prompt="", answer="", solution="")
+        return Prompt(index=index, problem=problem, tokens=(1,))
+
+
+def _group(prompt: Prompt, version: int, rewards: list[float]) -> RolloutGroup:
+    completion = Completion(
+        tokens=np.array([1], np.int32), sampler_logprobs=np.zeros(1, np.float32),
+        versions=np.full(1, version, np.int32), finish=Finish.STOP, sample_index=0,
+    )  # fmt: skip
+    rollouts = tuple(
+        Rollout(
+            completion=dataclasses.replace(completion, sample_index=g), text="",
+            reward=Reward(total=r, correct=r == 1),
+        )
+        for g, r in enumerate(rewards)
+    )  # fmt: skip
+    return RolloutGroup(prompt=prompt, birth_version=version, rollouts=rollouts)
+
+
+def _generate(buffer: GroupBuffer, flat) -> threading.Thread:
+    """A rollout thread that samples whatever it gets a ticket for."""
+
+    def work() -> None:
+        try:
+            while True:
+                for ticket in buffer.draw(2, wait=True):
+                    rewards = [0.0, 0.0] if flat(ticket.prompt.index) else [0.0, 1.0]
+                    buffer.put(_group(ticket.prompt, ticket.birth_version, rewards))
+        except BufferClosed:
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1, 3])
+def test_every_step_gets_p_groups_with_signal_and_none_staler_than_allowed(max_staleness):
+    settings = GrpoConfig(prompts_per_step=P, group_size=2, refill_rounds=50)
+    buffer = GroupBuffer(Stream(), prompts_per_step=P, max_staleness=max_staleness)
+    thread = _generate(buffer, lambda index: index % 3 != 0)  # two thirds without signal
+    seen: list[int] = []
+    for step in range(1, 13):
+        groups, discarded = take_batch(buffer, settings, LONGEST)
+        assert len(groups) == P
+        assert [g.prompt.index % 3 for g in groups] == [0] * P
+        assert all(g.prompt.index % 3 for g in discarded)
+        assert all(0 <= step - 1 - g.birth_version <= max_staleness for g in groups + discarded)
+        seen += [g.prompt.index for g in groups + discarded]
+        buffer.release(step)
+        assert sum(buffer.counts().values()) <= (max_staleness + 1) * P
+    buffer.close()
+    thread.join()
+    assert len(seen) == len(set(seen))
+    assert len(seen) >= 3 * 12 * P - 3
+
+
+def test_the_budget_ends_the_search_and_the_rest_stays_in_the_batch():
+    settings = GrpoConfig(prompts_per_step=P, group_size=2, refill_rounds=3)
+    buffer = GroupBuffer(Stream(), prompts_per_step=P, max_staleness=0)
+    thread = _generate(buffer, lambda index: True)
+    groups, discarded = take_batch(buffer, settings, LONGEST)
+    assert (len(groups), len(discarded)) == (P, 3 * P)
+    buffer.release(1)
+    assert len(take_batch(buffer, settings, LONGEST)[0]) == P
+    buffer.close()
+    thread.join()
+
+
+def test_without_rounds_nothing_is_replaced():
+    buffer = GroupBuffer(Stream(), prompts_per_step=P, max_staleness=0)
+    thread = _generate(buffer, lambda index: True)
+    groups, discarded = take_batch(buffer, GrpoConfig(prompts_per_step=P, group_size=2), LONGEST)
+    assert ([g.prompt.index for g in groups], discarded) == ([0, 1, 2, 3], [])
+    buffer.close()
+    thread.join()

@@ -1,0 +1,165 @@
+"""The predict command: the same numbers as the library, clear refusals, a quick start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from roofline.choose import find_hardware, find_model
+from roofline.datasheets import datasheet
+from roofline.phases import Phase
+from roofline.predict import predict
+from roofline.question import PHASES, Question, answer, cost_of, parse_sweep
+from roofline.what_if import main
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_START_S = 0.5  # processor time of the interpreter with everything the command imports
+MODEL = find_model("qwen3-1.7b", 128)
+DECODE = Question(
+    model=MODEL, hardware=datasheet("h100-sxm"), phase=Phase.DECODE, batch=256, kv_len=2048,
+    data=4, tensor=2,
+)  # fmt: skip
+ARGUMENTS = [
+    "--model", "qwen3-1.7b", "--hardware", "h100-80gb-sxm", "--devices", "8", "--phase", "decode",
+    "--batch", "256", "--kv-len", "2048", "--parallel.tensor", "2",
+]  # fmt: skip
+
+
+def test_the_command_says_what_the_library_predicts(capsys) -> None:
+    main([*ARGUMENTS, "--json"])
+    seen = json.loads(capsys.readouterr().out)
+    expected = predict(cost_of(DECODE), DECODE.hardware)
+    assert seen["prediction"]["expected_s"] == expected.expected_s
+    assert seen["tokens_per_s"] == pytest.approx(256 / expected.expected_s)
+    assert seen["question"]["data"] == 4
+
+
+def test_the_table_holds_time_bound_intensity_utilisation_and_memory(capsys) -> None:
+    main(ARGUMENTS)
+    text = capsys.readouterr().out
+    for words in ("expected", "bound by", "flop/B", "MFU, MBU", "GiB", "tensor 2"):
+        assert words in text
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_every_phase_is_answered_within_its_bounds(phase: Phase) -> None:
+    question = dataclasses.replace(DECODE, phase=phase, batch=8, tokens=256, fsdp=1, data=1)
+    seen = answer(dataclasses.replace(question, remat="block"))
+    assert 0 < seen.prediction.lower_s <= seen.prediction.expected_s
+    assert 0 <= seen.mfu <= 1
+    assert 0 < seen.mbu <= 1
+    assert 0 < sum(seen.memory_bytes.values()) <= question.hardware.hbm_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("batch=1..1024", [2**k for k in range(11)]),
+        ("batch=1..4", [1, 2, 3, 4]),
+        ("batch=100..1000", [100, 200, 400, 800, 1000]),
+        ("kv-len=8,64", [8, 64]),
+        ("parallel.tensor=1,2", [1, 2]),
+    ],
+)
+def test_sweeps_go_up_one_by_one_or_in_doublings(text: str, values: list[int]) -> None:
+    assert parse_sweep(text)[1] == values
+
+
+@pytest.mark.parametrize("text", ["width=1..2", "batch", "batch=0..3", "batch=9..3", "batch=x"])
+def test_what_cannot_be_swept_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"cannot sweep|must look like"):
+        parse_sweep(text)
+
+
+def test_a_sweep_prints_rows_a_plot_and_what_does_not_fit(capsys, tmp_path: Path) -> None:
+    sweep = ["--sweep", "batch=1024..1048576"]
+    main([*ARGUMENTS, *sweep, "--svg", str(tmp_path / "sweep.svg")])
+    text = capsys.readouterr().out
+    assert "###" in text
+    assert "needs" in text
+    assert ElementTree.parse(tmp_path / "sweep.svg").getroot().tag.endswith("svg")
+    main([*ARGUMENTS, *sweep, "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert ["error" in row for row in rows] == sorted("error" in row for row in rows)
+    times = [row["prediction"]["expected_s"] for row in rows if "error" not in row]
+    assert times == sorted(times)
+
+
+def test_each_size_proposed_where_memory_runs_out_does_fit() -> None:
+    question = dataclasses.replace(DECODE, batch=1 << 16)
+    with pytest.raises(ValueError, match="GiB per device") as refused:
+        answer(question)
+    proposed = re.findall(r"--(?:parallel\.)?(\w+) (\d+)", str(refused.value))
+    assert proposed
+    for name, value in proposed:
+        answer(dataclasses.replace(question, **{name: int(value)}))
+    training = dataclasses.replace(
+        DECODE, model=find_model("llama-3.1-70b", 128), phase=Phase.TRAIN, data=1, batch=64
+    )
+    with pytest.raises(ValueError, match=r"--parallel\.fsdp \d+"):
+        answer(training)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--hardware", "h300"], "did you mean"),
+        (["--model", "qwen3-1.8b"], "did you mean 'qwen3-1.7b'"),
+        (["--devices", "9", "--parallel.tensor", "3"], "use one of [1, 2, 4, 8]"),
+        (["--devices", "9"], "use 8 or 10"),
+        (["--parallel.data", "3"], "data * fsdp * tensor = 6"),
+        (["--parallel.fsdp", "2"], "use --parallel.data 2"),
+        (["--batch", "0"], "--batch=0 must be >= 1"),
+        (["--dtype", "float12"], "float12"),
+        (["--sweep", "depth=1..2"], "cannot sweep 'depth'"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_exit_code_2(changes: list[str], words: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*ARGUMENTS, *changes])
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_models_and_hardware_are_found_by_name_file_and_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {width: 64, num_layers: 3}\n")
+    datasheet("l4").save(tmp_path / "hardware.json")
+    seen = find_model(str(tmp_path), vocab_size=77)
+    assert (seen.width, seen.num_layers, seen.vocab_size) == (64, 3, 77)
+    assert find_hardware(str(tmp_path)) == datasheet("l4")
+    assert find_hardware(str(tmp_path / "hardware.json")) == datasheet("l4")
+
+
+def test_without_a_calibration_this_machine_is_refused(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"python -m roofline\.calibrate"):
+        find_hardware("this")
+    datasheet("l4").save(tmp_path / "jaxrl" / "calibration" / "0.json")
+    assert find_hardware("this") == datasheet("l4")
+
+
+def test_the_command_starts_quickly_and_without_jax() -> None:
+    program = (
+        "import sys, time, roofline.predict, roofline.what_if\n"
+        "assert 'jax' not in sys.modules\n"
+        "print(time.process_time())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < MAX_START_S
+
+
+def test_the_module_is_a_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "roofline.predict", "--help"], cwd=ROOT, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert "--kv-len" in done.stdout
