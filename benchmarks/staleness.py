@@ -27,13 +27,12 @@ TRUNCATED = ("--grpo.ratio_from=learner", "--grpo.correction=truncated")
 SAMPLER = ("--grpo.ratio_from=sampler",)
 WAYS = {
     "synchronous": (0, SAMPLER),
-    "bound 1, ratio to the sampler": (1, SAMPLER),
-    "bound 2, staleness ignored": (2, IGNORED),
-    "bound 2, truncated weights": (2, TRUNCATED),
-    "bound 2, ratio to the sampler": (2, SAMPLER),
     "bound 6, staleness ignored": (6, IGNORED),
     "bound 6, truncated weights": (6, TRUNCATED),
     "bound 6, ratio to the sampler": (6, SAMPLER),
+    "bound 2, staleness ignored": (2, IGNORED),
+    "bound 2, truncated weights": (2, TRUNCATED),
+    "bound 2, ratio to the sampler": (2, SAMPLER),
 }
 """Staleness bound [optimizer steps] and the words that choose the ratio."""
 
@@ -45,7 +44,7 @@ def train(folder: Path, words: Sequence[str]) -> dict[str, Any]:
         print(f"{folder.name}: running", flush=True)
         subprocess.run(
             [sys.executable, "-m", "jaxrl.train", "--config=configs/quickstart.yaml",
-             f"--run.dir={folder}", "--run.report=false", *words],
+             f"--run.dir={folder}", "--run.report=False", *words],
             cwd=record.ROOT, check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"},
         )  # fmt: skip
     found = json.loads(summary.read_text(encoding="utf-8"))

@@ -34,6 +34,7 @@ from jaxrl.errors import UserError
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+_BOOLEANS = {"true": "True", "false": "False"}
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "configs")
 """Where a name is looked up after the literal path: the checkout, then the installed package."""
@@ -248,11 +249,12 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _spelled(word: str) -> str:
-    """`word` with the dashes of the help, so that tyro finds what a misspelt option is near to."""
+    """`word` with the dashes of the help, so that tyro finds what a misspelt option is near to, and
+    with YAML's true and false as Python's."""
     if not word.startswith("--"):
-        return word
+        return _BOOLEANS.get(word, word)
     key, equals, value = word.partition("=")
-    return key.replace("_", "-") + equals + value
+    return key.replace("_", "-") + equals + _BOOLEANS.get(value, value)
 
 
 def save_config(config: Config, path: Path) -> None:

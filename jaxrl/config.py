@@ -71,9 +71,9 @@ class ModelOptions:
 class TaskConfig:
     """What the policy learns to do."""
 
-    name: Literal[
-        "arithmetic", "countdown", "stories", "gsm8k", "math", "code", "jsonl"
-    ] = "arithmetic"
+    name: Literal["arithmetic", "countdown", "stories", "gsm8k", "math", "code", "jsonl"] = (
+        "arithmetic"
+    )
     """arithmetic: sums; countdown: reach a target; stories: story openings; gsm8k, math, code: those data
     sets or files in their form; jsonl: any file of prompts and answers."""
     digits: int = 2

@@ -1,7 +1,7 @@
 """The folder of a run: who may write it, what it holds, how a later start finds it again.
 
 config.yaml  commands.txt  hardware.json  metrics.jsonl  spans.jsonl  samples.jsonl  summary.json
-checkpoints/  events.out.tfevents.* (TensorBoard)  report.md  report.html
+checkpoints/  events.out.tfevents.* (TensorBoard)  report.md  report.html  report.json
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def story(run: Run, rows: Sequence[PhaseRow]) -> list[str]:
         rest = max(0.0, 1 - lane.computing - lane.waiting)
         lines.append(
             f"{lane.lane}: computing {lane.computing:.0%} of the wall time, waiting "
-            f"{lane.waiting:.0%}, neither {rest:.0%} (Python, compilation, time between phases)."
+            f"{lane.waiting:.0%}, neither {rest:.0%} (Python, packing, logging)."
         )
     work = sorted((r for r in rows if r.phase not in WAITING), key=lambda r: -r.wall_share)
     if work:
@@ -302,9 +302,10 @@ def story(run: Run, rows: Sequence[PhaseRow]) -> list[str]:
     if times := step_times(run):
         best = times.predicted
         lines.append(
-            f"A step is predicted to take {best.sync_s:.3g} s in lockstep and {best.async_s:.3g} s "
-            f"with the lanes side by side ({best.speedup:.2f} times as fast); the median of "
-            f"{times.steps} steps took {times.measured_s:.3g} s."
+            f"The phases of a step (verification as measured) are predicted to take "
+            f"{best.sync_s:.3g} s in lockstep and {best.async_s:.3g} s with the lanes side by side "
+            f"({best.speedup:.2f} times as fast), without what happens between phases; the median "
+            f"of {times.steps} steps took {times.measured_s:.3g} s."
         )
     return lines
 

@@ -20,7 +20,7 @@ COLOURS: Mapping[Phase, str] = {
     Phase.PUBLISH: "#b5a03a",
     Phase.EVAL: "#b8578f",
     Phase.CHECKPOINT: "#8c7b6b",
-    Phase.COMPILE: "#7a5c9e",
+    Phase.COMPILE: "#7d8f3a",
     Phase.WAIT_BATCH: "#9a9a9a",
     Phase.WAIT_LEARNER: "#9a9a9a",
 }
@@ -127,7 +127,9 @@ def log_ticks_x(x: Scale, height: float, label: str, unit: str = "") -> list[str
     for value in powers(x.low, x.high):
         at = x(value)
         body.append(line(at, TOP, at, height - BOTTOM, GRID))
-        body.append(text(at, height - BOTTOM + 18, si(value, unit), "middle"))
+        body.append(
+            text(at, height - BOTTOM + 18, si(value, unit) if unit else f"{value:g}", "middle")
+        )
     body.append(text(WIDTH - RIGHT, height - 8, label, "end"))
     return body
 

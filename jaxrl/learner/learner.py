@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,7 +66,7 @@ class Learner:
         self._observer = observer
         self._grpo = grpo
         self._frozen_reference: Decoder | None = None
-        self._metrics_shape: LossMetrics | None = None
+        self._make_metrics: Callable[[], LossMetrics] | None = None
         shardings = policy_shardings(config, mesh)
         self._everywhere = scalar = NamedSharding(mesh, PartitionSpec())
         self._rows = batch_sharding(mesh)
@@ -270,11 +270,11 @@ class Learner:
         return [*scores]
 
     def _zero_metrics(self, batch: Batch, reference: jax.Array | None) -> LossMetrics:
-        shape = self._metrics_shape
-        if shape is None:
+        if self._make_metrics is None:
             _, shape = jax.eval_shape(self._grpo_loss, self._model, batch, reference)
-            self._metrics_shape = shape
-        return jax.device_put(zero_metrics(shape), self._everywhere)
+            make = partial(zero_metrics, shape)
+            self._make_metrics = jax.jit(make, out_shardings=self._everywhere)
+        return self._make_metrics()
 
     def _take_step(self, gradients: Decoder | ActorCritic) -> dict[str, float]:
         traced = self.trace_count

@@ -107,9 +107,7 @@ class CodeVerifier:
             self._wall.passed(test, outcome.wall_s)
 
 
-def make_score(
-    wall_s: float, adaptive: bool
-) -> Callable[[str, str, Mapping[str, Any]], Reward]:
+def make_score(wall_s: float, adaptive: bool) -> Callable[[str, str, Mapping[str, Any]], Reward]:
     """A function that scores (prompt, completion, row) in a sandbox of its own.
 
     wall_s: limit of one run [s]. adaptive: see CodeVerifier. The prompt is not used; HumanEval's is in

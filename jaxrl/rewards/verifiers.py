@@ -30,7 +30,9 @@ _BUILT_IN = ("exact", "math", "code")
 class Verifier:
     """A verifier by name."""
 
-    def __init__(self, name: str, *, code_wall_s: float = 10.0, code_adaptive: bool = False) -> None:
+    def __init__(
+        self, name: str, *, code_wall_s: float = 10.0, code_adaptive: bool = False
+    ) -> None:
         """code_wall_s, code_adaptive: see TaskConfig.
 
         Raises: UserError if there is none of that name; what it needs is imported by `load`.

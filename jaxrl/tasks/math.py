@@ -21,7 +21,9 @@ def _parse(row: Row, where: str, verifier: str) -> Parsed:
     else:
         found = final_answer(solution)
         if found is None or found.mark == "plain":
-            raise UserError(f"{where}: there is no 'answer', and no box in 'solution' that gives it")
+            raise UserError(
+                f"{where}: there is no 'answer', and no box in 'solution' that gives it"
+            )
         answer = found.text
     return Parsed(
         problem=text(row, ("problem", "question"), where).strip(),

@@ -13,7 +13,9 @@ from typing import Any
 
 from jaxrl.errors import UserError
 
-_HUB = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<subset>[^:/]+))?(?::(?P<split>[^:/]+))")
+_HUB = re.compile(
+    r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(?::(?P<subset>[^:/]+))?(?::(?P<split>[^:/]+))"
+)
 _FORMS = "give a .jsonl, .jsonl.gz or .parquet file, or owner/name:split of the hub"
 
 Row = dict[str, Any]

@@ -90,6 +90,7 @@ class MetricsWriter:
                 str(tensorboard_dir),
                 purge_step=next_step or None,
                 filename_suffix=f".{next_step}",  # two starts within a second get two files
+                max_queue=10_000,  # points; with few, every point of a step waits for the writer
             )
             self._board.add_custom_scalars(story_layout())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from models.families import FAMILIES
 from models.hf.export import export_run
 from models.hf.inspect import inspect
 from models.hf.merge import merge
-from models.hf.new import new_checkpoint
+from models.hf.new import new_checkpoint, train_tokenizer
 from models.hf.read import checkpoint_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 _SHAPE = {
     "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 16, "ffw": 192,
-    "positions": 1024, "seed": 0,
+    "positions": 1024, "seed": 0, "vocab": 4096,
 }  # fmt: skip
 """Whole numbers that `new` takes, with their defaults."""
 
@@ -55,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     mean.set_defaults(run_command=_merge)
     fresh = commands.add_parser("new", help="a checkpoint with random weights around a tokenizer")
-    fresh.add_argument(
-        "--tokenizer", type=Path, required=True, help="its folder, or tokenizer.json, also gzipped"
+    words = fresh.add_mutually_exclusive_group(required=True)
+    words.add_argument("--tokenizer", type=Path, help="its folder, or tokenizer.json, also gzipped")
+    words.add_argument(
+        "--text", type=Path, help="learn a tokenizer of --vocab tokens from this file, also gzipped"
     )
     fresh.add_argument("--out", type=Path, required=True, help="folder to make")
     fresh.add_argument("--eos", help="token that ends a completion; default: the tokenizer's own")
@@ -88,11 +91,14 @@ def _merge(options: argparse.Namespace) -> str:
 
 
 def _new(options: argparse.Namespace) -> str:
-    shape = {name: getattr(options, name) for name in _SHAPE}
-    config = new_checkpoint(
-        options.tokenizer, options.out, family=options.family, eos=options.eos,
-        chat_template=options.chat_template, **shape,
-    )  # fmt: skip
+    shape = {name: getattr(options, name) for name in _SHAPE if name != "vocab"}
+    with tempfile.TemporaryDirectory() as folder:
+        if options.text is not None:
+            train_tokenizer(options.text, Path(folder), options.vocab)
+        config = new_checkpoint(
+            options.tokenizer or Path(folder), options.out, family=options.family, eos=options.eos,
+            chat_template=options.chat_template, **shape,
+        )  # fmt: skip
     return f"{config.num_parameters:,} random parameters written to {options.out}"
 
 

@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import zlib
+from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import tokenizers
 
 from models.config import ModelConfig
 from models.families import FAMILIES
 from models.hf.read import companions, read_json
-from models.hf.save import save_policy, write_json
-from models.sharding import init_sharded, make_mesh
+from models.hf.save import write_checkpoint, write_json
+from models.parameters import outer_table, stacked_layer_table
 
 _TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _TEMPLATE = "chat_template.jinja"
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content "
+    "+ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML, as Qwen writes it, without modes."""
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def train_tokenizer(text: Path, folder: Path, size: int) -> None:
+    """Write a byte-level BPE of at most `size` tokens, learnt from a file, and ChatML to `folder`.
+
+    text: any text, JSON lines too, also gzipped. Stop token: <|im_end|>.
+    Raises: ValueError for a file that is no text, or a size below that of the bytes.
+    """
+    least = len(_SPECIAL) + 256
+    if size < least:
+        raise ValueError(f"a tokenizer of {size} tokens cannot hold all bytes; at least {least}")
+    try:
+        opened = gzip.open if text.suffix == ".gz" else open
+        with opened(text, "rt", encoding="utf-8") as file:
+            lines = file.read().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is no UTF-8 text ({error.reason}); give another file") from error
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    bpe.decoder = tokenizers.decoders.ByteLevel()  # type: ignore
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(_SPECIAL), show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(lines, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(folder / _TOKENIZER))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": _SPECIAL[-1]}
+    write_json(folder / _SETTINGS, settings)
+    (folder / _TEMPLATE).write_text(CHAT_TEMPLATE)
 
 
 def new_checkpoint(
@@ -39,15 +79,13 @@ def new_checkpoint(
     """Write a checkpoint with float32 weights drawn from `seed` to the new folder `out`.
 
     tokenizer: folder with tokenizer.json and what belongs to it, or a tokenizer.json, also gzipped; it
-    decides V. eos: token that ends a completion; None: the one in the folder's tokenizer_config.json.
-    chat_template: jinja file to go along. The head is the transposed embedding.
+    decides V. family: one of FAMILIES; the head is the transposed embedding. eos: token that ends a
+    completion; None: the one in the folder's tokenizer_config.json. chat_template: a jinja file.
     Raises: ValueError if a file cannot be used, no stop token is known, the shape is none of a
     decoder, or `out` exists and is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; give a new folder")
-    if family not in FAMILIES:
-        raise ValueError(f"family {family} is not supported; supported are {sorted(FAMILIES)}")
     source = tokenizer / _TOKENIZER if tokenizer.is_dir() else tokenizer
     content, vocabulary = _read_tokenizer(source)
     settings = read_json(tokenizer / _SETTINGS) if (tokenizer / _SETTINGS).is_file() else {}
@@ -61,7 +99,6 @@ def new_checkpoint(
         max_positions=positions, qk_norm=FAMILIES[family].qk_norm,
         qkv_bias=FAMILIES[family].qkv_bias, tied_embeddings=True, eos_token_ids=(stop,),
     )  # fmt: skip
-    policy = init_sharded(config, jax.random.key(seed), make_mesh(jax.devices()[:1]), jnp.float32)
     out.mkdir(parents=True, exist_ok=True)
     for path in companions(tokenizer) if tokenizer.is_dir() else ():
         shutil.copyfile(path, out / path.name)
@@ -70,8 +107,17 @@ def new_checkpoint(
     write_json(out / _SETTINGS, {**fallback, **settings, "eos_token": eos})
     if chat_template is not None:
         shutil.copyfile(chat_template, out / _TEMPLATE)
-    save_policy(policy, out)
+    write_checkpoint(config, partial(_draw, config, seed), out, np.float32)
     return config
+
+
+def _draw(config: ModelConfig, seed: int, name: str) -> np.ndarray:
+    """The first value of a parameter; numpy's streams stay the same across versions and machines."""
+    parameter = (outer_table(config) | stacked_layer_table(config))[name]
+    if parameter.stddev is None:
+        return np.full(parameter.shape, parameter.fill, np.float32)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return parameter.stddev * rng.standard_normal(parameter.shape, np.float32)
 
 
 def _read_tokenizer(path: Path) -> tuple[bytes, dict[str, int]]:

@@ -294,7 +294,7 @@ def fit_gpu(name: str, tables: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
 
 def main() -> None:
     """Read the tables, fit, write, and print the held-out errors."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cases", type=Path, required=True, help="folder of measured tables")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("fitted.json"))
     args = parser.parse_args()

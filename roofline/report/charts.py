@@ -73,6 +73,7 @@ class GanttLane:
     name: str
     bars: Sequence[Bar] = ()
     rows: int = 1
+    """Bars on top of each other; with `level`, its largest value."""
     level: Sequence[tuple[float, int]] = ()
     """(time, spans under way from then on)."""
     colour: str = ""
@@ -110,7 +111,7 @@ def roofline(rows: Sequence[PhaseRow], flops_per_s: float, bytes_per_s: float) -
         joined = line(at, y(predicted), at, y(measured), f'stroke="{colour}"')
         both = ring(at, y(predicted), colour), disc(at, y(measured), colour)
         body.append(titled(tip, joined, *both))
-    marks = [(x(i), y(rate)) for _, i, *both in points for rate in both]
+    marks = [(x(i), y(p) + (y(m) - y(p)) * part / 8) for _, i, p, m in points for part in range(9)]
     body += labels([(x(i), y(m), row.phase.value) for row, i, _, m in points], marks)
     return drawing(height, body, "Roofline: predicted and measured rate of each phase")
 
@@ -164,7 +165,7 @@ def waterfall(fall: Waterfall) -> str:
     for value in ticks(0.0, most):
         body.append(line(x(value), TOP, x(value), height - BOTTOM, GRID))
         body.append(text(x(value), height - BOTTOM + 18, si(value, "s"), "middle"))
-    body.append(text(WIDTH - RIGHT, height - 6, f"{fall.lane}: mean optimizer step", "end"))
+    body.append(text(WIDTH - RIGHT, height - 6, "time of an optimizer step", "end"))
     bars = [*zip(terms, ends, strict=True), (("measured", fall.step_s), (0.0, fall.step_s))]
     for index, ((name, seconds), (start, end)) in enumerate(bars):
         y, low, high = TOP + row * index, min(start, end), max(start, end)
@@ -196,7 +197,9 @@ def gantt(lanes: Sequence[GanttLane], start_s: float, end_s: float, marks: Seque
     body.append(text(WIDTH - RIGHT, height - 6, f"from {start_s:.4g} s into the run", "end"))
     top = float(TOP)
     for lane, size in zip(lanes, sizes, strict=True):
-        body.append(text(LEFT - 8, top + size / 2 + 4, lane.name, "end"))
+        body.append(text(LEFT - 8, top + size / 2 + (-3 if lane.level else 4), lane.name, "end"))
+        if lane.level:
+            body.append(text(LEFT - 8, top + size / 2 + 12, f"up to {lane.rows}", "end"))
         body += _level(lane, x, top, size) if lane.level else _bars(lane, x, top, size)
         top += size + gap
     for mark in marks:
@@ -217,16 +220,15 @@ def _bars(lane: GanttLane, x: Scale, top: float, size: float) -> list[str]:
 
 def _level(lane: GanttLane, x: Scale, top: float, size: float) -> list[str]:
     """How many spans are under way, as an area."""
-    most = max(1, *(count for _, count in lane.level))
     points, at = [(x(x.low), top + size)], top + size
     for time_s, count in lane.level:
         points.append((x(time_s), at))
-        at = top + size * (1 - count / most)
+        at = top + size * (1 - count / lane.rows)
         points.append((x(time_s), at))
     points += [(x(x.high), at), (x(x.high), top + size)]
     path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
     area = f'<polygon points="{path}" fill="{lane.colour}" stroke="{lane.colour}"/>'
-    return [titled(f"{lane.name}: at most {most} at once", area)]
+    return [titled(f"{lane.name}: at most {lane.rows} at once", area)]
 
 
 def scatter(seen: Validation, spread: float | None) -> str:
@@ -262,7 +264,7 @@ def scatter(seen: Validation, spread: float | None) -> str:
     body.append(text(left + 6, TOP + 12, "predicted", "start"))
     body.append(text(right + 24, TOP + 12, "median error", "start"))
     for index, error in enumerate(seen.errors):
-        words = f"{error.phase}: {error.ours:.0%} of {error.calls} calls"
+        words = f"{error.phase}: {error.ours:.0%}, {error.calls} calls"
         paint = {phase.value: colour for phase, colour in COLOURS.items()}.get(error.phase, "")
         body.append(text(right + 24, TOP + 34 + 20 * index, words, "start", paint))
     return drawing(height, body, "Predicted over measured time of single calls")

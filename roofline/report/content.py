@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from roofline.analyse import LaneRow, PhaseRow, StepTimes, lane_rows, phase_rows, spread, step_times
@@ -66,10 +67,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as schema.json beside this module describes them."""
-        plain = dataclasses.asdict(self)
-        for row in plain["phases"]:
-            row["cost"] = row["cost"] and {k: v for k, v in row["cost"].items() if k != "phase"}
-        return plain
+        return dataclasses.asdict(self)
 
 
 def build(run: Run) -> Report:
@@ -119,7 +117,9 @@ def _model(run: Run, notes: list[str]) -> dict[str, Any]:
     try:
         shape = model_of(read_settings(str(run.folder)), outlook.ASSUMED_VOCABULARY)
     except (OSError, ValueError) as error:
-        notes.append(f"The model's shape is not known: {error}.")
+        here = Path(given["path"]).exists()
+        reason = str(error) if here else f"{given['path']} does not exist as seen from here"
+        notes.append(f"The model's shape is not known: {reason}.")
         return {"path": given["path"]}
     named = {name: getattr(shape, name) for name in ("family", "vocab_size", *SHAPE)}
     return {"path": given["path"], **named, "dtype": given.get("dtype", "float32")}
@@ -137,11 +137,13 @@ def _outlook(
     others: list[Elsewhere] = []
     try:
         job = outlook.job_of_run(run, lengths)
-    except ValueError as error:
-        notes.append(f"No plan for other hardware or slots: {error}.")
+    except ValueError:  # its reason is a note already: the settings were read, so it is the model
+        notes.append("No plan for other hardware or slots, which needs the model's shape.")
     else:
         others = outlook.elsewhere(job, seen.measured_step_s)
     curve = outlook.split_curve(run, pipeline, lengths)
     if curve is None:
-        notes.append("No split curve: generators and learner share all devices.")
+        notes.append(
+            "No split curve: generators and learner share all devices, or config.yaml names no mesh."
+        )
     return seen, tuple(outlook.changes(run, pipeline, lengths, job)), curve, tuple(others)

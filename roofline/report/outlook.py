@@ -47,6 +47,8 @@ class Simulated:
     """Mean time between two simulated publications [s]."""
     measured_step_s: float
     """Median time between two measured publications [s]."""
+    measured_mean_s: float
+    """Mean of it, pauses for evaluation and checkpoints included [s]."""
     samples_per_s: float
     rollout_idle: float
     """Share of the time in which no chunk is decoded."""
@@ -154,14 +156,16 @@ def simulated(run: Run, pipeline: Pipeline, lengths: Lengths) -> Simulated:
     """Play the run's own pipeline."""
     seen = simulate(pipeline, lengths, steps=STEPS)
     total = sum(seen.staleness.values())
+    published = sorted(span.end_s for span in run.spans if span.phase is Phase.PUBLISH)
     return Simulated(
         step_s=seen.step_s,
         measured_step_s=measured_step_s(run),
+        measured_mean_s=(published[-1] - published[0]) / (len(published) - 1),
         samples_per_s=seen.samples_per_s,
         rollout_idle=seen.rollout_idle,
         learner_idle=seen.learner_idle,
         staleness={str(k): n / total for k, n in seen.staleness.items()},
-        lengths=f"{lengths.tokens.size} sampled completions, {lengths.mean:.0f} tokens on average",
+        lengths=f"{lengths.tokens.size} sampled completions, {lengths.mean:.3g} tokens on average",
     )
 
 

@@ -32,6 +32,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--fg); background: var(--bg);
   max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2.4rem 0 .5rem; }
+h3 { font-size: .95rem; margin: 1.2rem 0 0; }
 .scroll { overflow-x: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 12.5px; }
 th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid var(--line);
@@ -120,7 +121,10 @@ def _keys(named: Sequence[tuple[str, str]]) -> str:
 def _waterfalls(report: Report) -> str:
     if not report.waterfalls:
         return ""
-    drawn = "".join(charts.waterfall(fall) for fall in report.waterfalls)
+    drawn = "".join(
+        f"<h3>{escape(fall.lane)} lane, mean of {fall.steps} steps</h3>{charts.waterfall(fall)}"
+        for fall in report.waterfalls
+    )
     table = _table(text.waterfall_table(report))
     return _section("A step, term by term", table, drawn)
 
@@ -174,9 +178,9 @@ def _gantt(run: Run) -> str:
     if any(lane.level for lane in lanes):
         note += " The height of the reward lane is the number of groups in verification."
     steps = sorted({s.step for s in inside if s.phase is Phase.PUBLISH and s.step is not None})
-    title = f"Steps {steps[0]} to {steps[-1]}" if steps else "The run"
+    title = f"Steps {steps[0]} to {steps[-1]}, as they ran" if steps else "The run"
     drawn = charts.gantt([lane for lane in lanes if lane.bars or lane.level], start_s, end_s, marks)
-    return _section(f"{title}, as they ran", _dim(note), keys, drawn)
+    return _section(title, _dim(note), keys, drawn)
 
 
 def _lane(lane: str, spans: Sequence[Span], start_s: float, end_s: float) -> charts.GanttLane:
@@ -185,7 +189,7 @@ def _lane(lane: str, spans: Sequence[Span], start_s: float, end_s: float) -> cha
         level = [(min(max(time_s, start_s), end_s), count) for time_s, count in concurrency(spans)]
         most = max(count for _, count in level)
         return charts.GanttLane(
-            name=f"{lane} (0-{most})", level=level, colour=svg.COLOURS[spans[0].phase]
+            name=lane, rows=most, level=level, colour=svg.COLOURS[spans[0].phase]
         )
     bars = [
         charts.Bar(

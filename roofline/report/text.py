@@ -70,7 +70,7 @@ def header(report: Report) -> list[tuple[str, str]]:
     entries.append(("wall time", si(report.wall_s, "s") if report.wall_s < 1
                     else f"{report.wall_s:.1f} s"))  # fmt: skip
     for key in ("pass_at_1_before", "pass_at_1_after", "samples_per_s"):
-        if key in report.results:
+        if report.results.get(key, 0) > 0 or (key in report.results and "pass" in key):
             unit = " samples/s" if key == "samples_per_s" else ""
             name = "throughput" if unit else key.replace("_", " ").replace("at 1", "@ 1")
             value = report.results[key]
@@ -93,8 +93,8 @@ def _interval_note(report: Report) -> str:
 def phase_table(report: Report) -> Table:
     """One row per phase."""
     columns = (
-        "phase", "calls", "bound", "alone", "predicted", "measured", "measured / predicted", "bound by", "flop / byte", "MFU", "MBU", "overlap", "share of step",
-        "of wall",
+        "phase", "calls", "bound", "alone", "predicted", "measured", "measured / predicted",
+        "bound by", "flop / byte", "MFU", "MBU", "overlap", "share of step", "of wall",
     )  # fmt: skip
     note = (
         "Times are medians per call. bound: no program can be faster on these peaks. alone: "
@@ -144,7 +144,7 @@ def errors_table(report: Report) -> Table:
     note = (
         "Median of |predicted / measured - 1| over calls. Baselines: the roofline bound, and flops "
         f"at one share of the peak{reached} taken from the first calls of each phase, which no "
-        "column is scored on."
+        "column is scored on; it says nothing about calls without flops, which its last row leaves out."
     )
     return Table(columns=columns, rows=rows, note=note)
 
@@ -161,7 +161,7 @@ def changes_table(report: Report) -> Table:
     columns = ("change", "step", "samples/s", "generators idle", "learner idle", "mean staleness",
                "speed-up")  # fmt: skip
     rows = [
-        [c.change, _s(c.step_s), f"{c.samples_per_s:.4g}", _percent(c.rollout_idle),
+        [c.change, _s(c.step_s), _rate(c.samples_per_s), _percent(c.rollout_idle),
          _percent(c.learner_idle), f"{c.staleness:.2f}", f"{c.speedup:.2f} x"]
         for c in report.changes
     ]  # fmt: skip
@@ -186,7 +186,7 @@ def _elsewhere(one: Elsewhere) -> list[str]:
     if one.step_s is None:
         return [one.hardware, str(one.devices), one.split, *["-"] * 6]
     return [
-        one.hardware, str(one.devices), one.split, _s(one.step_s), f"{one.samples_per_s:.4g}",
+        one.hardware, str(one.devices), one.split, _s(one.step_s), _rate(one.samples_per_s),
         f"{one.staleness:.2f}", _percent(one.idle), f"{one.device_gib:.2f} GiB",
         f"{one.speedup:.1f} x",
     ]  # fmt: skip
@@ -207,9 +207,9 @@ def simulation_note(report: Report) -> str:
     if seen is None:
         return ""
     return (
-        f"Simulated from the run's own phases, a step takes {_s(seen.step_s)}; the measured median "
-        f"is {_s(seen.measured_step_s)} (simulated / measured "
-        f"{seen.step_s / seen.measured_step_s:.2f})."
+        f"Simulated from the run's own phases, a step takes {_s(seen.step_s)}. Measured: "
+        f"{_s(seen.measured_step_s)} in the median, {_s(seen.measured_mean_s)} in the mean, which "
+        "holds pauses for evaluation and checkpoints, as the simulation does not."
     )
 
 
@@ -249,6 +249,12 @@ def _markdown(table: Table) -> list[str]:
 
 def _s(value: float | None) -> str:
     return "-" if value is None else si(value, "s")
+
+
+def _rate(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _percent(value: float | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 from roofline.datasheets import datasheet
 from roofline.hardware import Hardware
@@ -71,7 +72,7 @@ def _gemm_math(row: Row) -> float:
     return 2.0 * row["m"] * row["n"] * row["k"] / _hardware(row).peak(_dtype(row))
 
 
-def prefill_shape(row: Row) -> dict[str, int]:
+def prefill_shape(row: Row) -> dict[str, Any]:
     """The row's shape under the names of `roofline.operators.attention`."""
     return {
         "batch": row["batch"], "tokens": row["seq"], "num_heads": row["num_heads"],
@@ -79,7 +80,7 @@ def prefill_shape(row: Row) -> dict[str, int]:
     }  # fmt: skip
 
 
-def decode_shape(row: Row) -> dict[str, int]:
+def decode_shape(row: Row) -> dict[str, Any]:
     """The row's shape under the names of `roofline.operators.attention`."""
     return {
         "batch": row["batch"], "kv_len": row["kv_len"], "num_heads": row["num_heads"],

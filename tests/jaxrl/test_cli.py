@@ -51,6 +51,11 @@ def test_both_spellings_of_an_override_mean_the_same(words):
     assert cli.parse_args(words).config.grpo.clip_high == 0.28
 
 
+@pytest.mark.parametrize("words", [["--run.report=false"], ["--run.report", "False"]])
+def test_false_may_be_written_as_in_yaml_or_in_python(words):
+    assert cli.parse_args(words).config.run.report is False
+
+
 def test_the_command_line_wins_over_the_file_and_the_file_over_defaults(config_file):
     path = config_file("train:\n  steps: 7\n  learning_rate: 1e-4\ngrpo:\n  clip_low: 0.1\n")
     config = cli.parse_args(["--config", path, "--train.steps=9"]).config

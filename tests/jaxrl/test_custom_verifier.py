@@ -7,8 +7,8 @@ import pytest
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
-from jaxrl.rewards.pool import RewardPool, VerifierError
 from jaxrl.rewards.custom import check_custom, load_custom
+from jaxrl.rewards.pool import RewardPool, VerifierError
 from jaxrl.rewards.verifiers import Verifier, VerifierTask
 from jaxrl.types import Problem, Reward
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from jaxrl.config import TaskConfig
-from jaxrl.rewards.pool import RewardPool
 from jaxrl.rewards.answers import final_answer
 from jaxrl.rewards.math import score_math
+from jaxrl.rewards.pool import RewardPool
 from jaxrl.rewards.verifiers import VerifierTask
 from jaxrl.types import Problem
 

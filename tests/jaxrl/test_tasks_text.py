@@ -112,7 +112,7 @@ def test_the_template_replaces_the_prompt_and_nothing_else(words: Path):
     for one, other in zip(everything(plain), everything(own), strict=True):
         assert one.id == other.id
         assert one.prompt == f"Q: {other.row['question']}\nA: \\boxed{{"
-    with pytest.raises(UserError, match="lacks {problem}"):
+    with pytest.raises(UserError, match=r"lacks \{problem\}"):
         TaskConfig(prompt_template="Q: {question}")
 
 
@@ -199,7 +199,10 @@ def test_a_data_set_of_the_hub_is_named_with_subset_and_split(monkeypatch: pytes
     [
         ({"name": "gsm8k", "verifier": "code"}, "cannot judge task gsm8k; use math or exact"),
         ({"name": "code", "verifier": "math"}, "cannot judge task code; use code"),
-        ({"name": "jsonl", "verifier": "maths"}, "cannot judge task jsonl; use exact or math or code"),
+        (
+            {"name": "jsonl", "verifier": "maths"},
+            "cannot judge task jsonl; use exact or math or code",
+        ),
         ({"name": "jsonl", "verifier": "gone.py:score"}, "there is no file"),
         ({"name": "arithmetic", "verifier": "math"}, "has its own exact check"),
     ],

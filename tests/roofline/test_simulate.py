@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roofline.lengths import Lengths, lognormal, measured
 from roofline.events import Mode, Pipeline, simulate
+from roofline.lengths import Lengths, lognormal, measured
 
 EXACT = 1e-9  # deterministic cases: only sums of floats in another order
 SAMPLING = 0.03  # means over about 40 steps of random lengths
