@@ -24,6 +24,12 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROW_AXES))
 
 
+def shares_work() -> bool:
+    """Whether the mesh in context has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
 def gather_width(matrix: jax.Array) -> jax.Array:
     """matrix [V, D] with D whole on every device and V split over the tensor axis where it divides.
 

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from models import layers as block
-from models.activations import constrain_rows, gather_width
+from models.activations import constrain_rows, gather_width, shares_work
 from models.cache import KEY_BLOCK, KVCache, block_keys, replace_start, write_token
 from models.config import ModelConfig
 from models.parameters import Parameter, outer_table, stacked_layer_table
@@ -112,7 +112,7 @@ def hidden_states(
     tables = _rope_tables(config, positions, tokens.shape[1])
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
-        layer, rope_on = _fuse(xs[0]), xs[1]
+        layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         heads = checkpoint_name(block.packed_attention(q, k, v, mask), "heads")
         return _after_attention(layer, config, x, heads), None
@@ -140,7 +140,7 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
     tables = _rope_tables(config, tokens_of_row[None], tokens.shape[1])
 
     def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]):
-        layer, rope_on = _fuse(xs[0]), xs[1]
+        layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         x = _after_attention(layer, config, x, block.packed_attention(q, k, v, mask))
         return x, (block_keys(k), v.transpose(0, 2, 1, 3))
@@ -165,22 +165,24 @@ def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FusedLayer:
-    """One layer as it is computed: weights that meet the same input side by side, in one product.
+    """One layer as it is computed: weights that meet the same input, side by side in one product or
+    apart.
 
     With few rows a product's time is mostly the reading of its weight, and one wide product reads
-    better than several narrow ones; in backward, tensor-parallel devices sum one gradient instead of
-    one per weight. They lie side by side per kv head and per hidden unit, so that a tensor-parallel
-    device holds what belongs together.
+    better than several narrow ones; in backward, tensor-parallel devices then sum one gradient instead
+    of one per weight. Laying them side by side is a copy, which one device spends for nothing when it
+    trains. They lie side by side per kv head and per hidden unit, so that a tensor-parallel device
+    holds what belongs together.
     """
 
     attention_norm: jax.Array  # [D]
-    qkv: jax.Array  # [D, K, G + 2, H]: G query heads, one key, one value
-    qkv_bias: jax.Array | None  # [K, G + 2, H]
+    qkv: tuple[jax.Array, ...]  # [D, K, G + 2, H], or [D, K, G, H] and twice [D, K, 1, H]
+    qkv_bias: tuple[jax.Array, ...] | None  # the same without D
     q_norm: jax.Array | None  # [H]
     k_norm: jax.Array | None  # [H]
     attention_out: jax.Array  # [K, G, H, D]
     mlp_norm: jax.Array  # [D]
-    gate_up: jax.Array  # [D, 2, F], or [D, 1, F] without a gate
+    gate_up: tuple[jax.Array, ...]  # [D, 2, F], or [D, 1, F] each; without a gate only the latter
     down: jax.Array  # [F, D]
 
 
@@ -188,23 +190,30 @@ def split_layers(policy: Decoder) -> tuple[FusedLayer, ...]:
     """The layers one by one, ready to compute with: a copy of their parameters."""
     stacked = policy.layers
     return tuple(
-        _fuse(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(policy.config.num_layers)
+        _fuse(jax.tree.map(lambda x, i=i: x[i], stacked), together=True)
+        for i in range(policy.config.num_layers)
     )
 
 
-def _fuse(layer: Layers) -> FusedLayer:
+def _fuse(layer: Layers, *, together: bool) -> FusedLayer:
+    qkv = (layer.q, layer.k[:, :, None], layer.v[:, :, None])
     bias = None
     if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
-        bias = jnp.concatenate([layer.q_bias, layer.k_bias[:, None], layer.v_bias[:, None]], axis=1)
+        bias = (layer.q_bias, layer.k_bias[:, None], layer.v_bias[:, None])
+    gate_up = tuple(w[:, None] for w in (layer.gate, layer.up) if w is not None)
+    if together:
+        qkv = (jnp.concatenate(qkv, axis=2),)
+        bias = None if bias is None else (jnp.concatenate(bias, axis=1),)
+        gate_up = (jnp.concatenate(gate_up, axis=1),)
     return FusedLayer(
         attention_norm=layer.attention_norm,
-        qkv=jnp.concatenate([layer.q, layer.k[:, :, None], layer.v[:, :, None]], axis=2),
+        qkv=qkv,
         qkv_bias=bias,
         q_norm=layer.q_norm,
         k_norm=layer.k_norm,
         attention_out=layer.attention_out,
         mlp_norm=layer.mlp_norm,
-        gate_up=jnp.stack([w for w in (layer.gate, layer.up) if w is not None], axis=1),
+        gate_up=gate_up,
         down=layer.down,
     )
 
@@ -275,11 +284,16 @@ def _project(
     """q [..., K, G, H], k and v [..., K, H] of x [..., D]; tables [..., H/2], None: no rotation."""
     with jax.named_scope("qkv"):
         normed = block.rms_norm(x, layer.attention_norm, config.norm_eps)
-        qkv = block.product(normed, layer.qkv)
+        parts = [block.product(normed, weight) for weight in layer.qkv]
         if layer.qkv_bias is not None:
-            bias = layer.qkv_bias.astype(x.dtype)
-            qkv = qkv + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+            biases = [bias.astype(x.dtype) for bias in layer.qkv_bias]
+            parts = [
+                part + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+                for part, bias in zip(parts, biases, strict=True)
+            ]
+        if len(parts) == 1:
+            parts = jnp.split(parts[0], [parts[0].shape[-2] - 2, parts[0].shape[-2] - 1], axis=-2)
+        q, k, v = parts[0], parts[1][..., 0, :], parts[2][..., 0, :]
     if layer.q_norm is not None and layer.k_norm is not None:
         q = block.rms_norm(q, layer.q_norm, config.norm_eps)
         k = block.rms_norm(k, layer.k_norm, config.norm_eps)

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from models.activations import shares_work
 from models.config import RopeScaling
 
 SCORES_AT_ONCE = 2**20
@@ -103,29 +104,28 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def product(x: jax.Array, weight: jax.Array, *, contracted: int = 1) -> jax.Array:
     """x [..., I...] times weight [I..., O...] -> [..., O...], the last `contracted` dims of x summed.
 
-    What is not contracted of x, and what is, are flattened to one dimension each: the gradient of a
-    weight then contracts one dimension instead of two (rows and tokens), which is a third faster on
-    CPU and the same elsewhere. O... stay as they are: flattened, a split of the last one over devices
-    would be lost.
+    Both sides are flattened to matrices first: the gradient of a weight then contracts one dimension
+    instead of two (rows and tokens), and products of matrices are the fastest; together a third on CPU.
+    On several devices O... stay as they are: flattened, a split of the last one would be lost.
     """
     split = x.ndim - contracted
     outer, out = x.shape[:split], weight.shape[contracted:]
-    columns = weight.reshape(math.prod(weight.shape[:contracted]), *out).astype(x.dtype)
-    flat = jax.lax.dot_general(
-        x.reshape(math.prod(outer), columns.shape[0]), columns, (((1,), (0,)), ((), ()))
-    )
-    return flat.reshape(*outer, *out)
+    columns = out if shares_work() else (math.prod(out),)
+    matrix = weight.reshape(math.prod(weight.shape[:contracted]), *columns).astype(x.dtype)
+    rows = x.reshape(math.prod(outer), matrix.shape[0])
+    return jax.lax.dot_general(rows, matrix, (((1,), (0,)), ((), ()))).reshape(*outer, *out)
 
 
-def mlp(x: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    """The feed-forward block on x [..., D] with gate and up [D, 2, F] and down [F, D].
+def mlp(x: jax.Array, gate_up: tuple[jax.Array, ...], down: jax.Array) -> jax.Array:
+    """The feed-forward block on x [..., D] with gate and up [D, 2, F] or each [D, 1, F], and down [F, D].
 
-    down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, up [D, 1, F], down(silu(up x)).
+    down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, only up, down(silu(up x)).
     """
     with jax.named_scope("mlp"):
-        inner = product(x, gate_up)
-        active = jax.nn.silu(inner[..., 0, :])
-        return product(active if gate_up.shape[1] == 1 else active * inner[..., 1, :], down)
+        inner = [product(x, weight) for weight in gate_up]
+        units = [part[..., i, :] for part in inner for i in range(part.shape[-2])]
+        active = jax.nn.silu(units[0])
+        return product(active if len(units) == 1 else active * units[1], down)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:

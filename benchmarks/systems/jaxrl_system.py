@@ -25,7 +25,7 @@ from jaxrl.types import Completion, Problem, Prompt, Reward, Rollout, RolloutGro
 from models.hf import load_policy, read_config
 from models.sharding import make_mesh, policy_shardings
 
-CHUNK_STEPS, REFILL_COST_STEPS = 64, 0.5
+CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
 PEAK_SIZE, PEAK_REPEATS = 2048, 3
 
 
