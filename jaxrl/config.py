@@ -193,7 +193,7 @@ class RolloutConfig:
     """Sequences decoded at once."""
     chunk_steps: int = 8
     """Most decode steps per jitted call; slots are refilled and weights swapped between calls."""
-    refill_cost_steps: float = 1.0
+    refill_cost_steps: float = 0.5
     """What ending a call early costs [decode steps]: it ends once idle slots wasted as much and work waits."""
     max_prompt_tokens: int = 32
     """Longest prompt [tokens]."""
@@ -303,6 +303,10 @@ class Config:
             self.rollout.temperature > 0,
             f"rollout.temperature={self.rollout.temperature} must be positive: greedy samples of a group "
             "are all alike; usual: 1",
+        )
+        _check(
+            0 < self.rollout.refill_cost_steps <= 1000,
+            f"rollout.refill_cost_steps={self.rollout.refill_cost_steps} must lie in (0, 1000]; usual: 0.5",
         )
         longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
         _check(
