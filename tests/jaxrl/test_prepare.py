@@ -128,7 +128,7 @@ def test_a_step_makes_every_update_the_first_at_ratio_one_and_traces_nothing_ane
     assert learner.trace_count == traced
 
 
-@pytest.mark.parametrize("trunk", ["separate", "shared"])
+@pytest.mark.parametrize("trunk", [pytest.param("separate", marks=pytest.mark.slow), "shared"])
 def test_the_critic_learns_the_returns(small_model, trunk):
     """The reward is 1 everywhere, so that a value of 1 is right at every token."""
     settings = _ppo(

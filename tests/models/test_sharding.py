@@ -53,7 +53,10 @@ def loss(policy, tokens, targets):
 
 @pytest.mark.parametrize(
     ("axes", "config"),
-    [((1, 4, 2), CONFIG), ((2, 2, 2), replace(CONFIG, vocab_size=61, tied_embeddings=False))],
+    [
+        pytest.param((1, 4, 2), CONFIG, marks=pytest.mark.slow),
+        ((2, 2, 2), replace(CONFIG, vocab_size=61, tied_embeddings=False)),
+    ],
     ids=["fsdp 4 tensor 2", "data 2 fsdp 2 tensor 2, V=61, untied"],
 )
 def test_loss_and_gradient_on_eight_devices_equal_one_device(axes, config):
