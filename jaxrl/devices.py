@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +12,7 @@ from jax.sharding import Mesh
 from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
+from roofline.machine import cache_folder
 
 _MALLOC_OPTIONS = (
     (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own
@@ -38,8 +38,7 @@ def simulate_cpu_devices(count: int) -> None:
 def remember_programs() -> None:
     """Keep compiled programs for later runs, unless jax was told where (JAX_COMPILATION_CACHE_DIR)."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(Path(home) / "jaxrl" / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

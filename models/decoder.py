@@ -122,7 +122,7 @@ def hidden_states(
         products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         saved = jax.checkpoint_policies.save_from_both_policies(saved, products)
     attend = jax.checkpoint(attend, prevent_cse=False, policy=saved)
-    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
+    x = _embed(policy, tokens, dtype)
     x, _ = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return block.rms_norm(x, policy.final_norm, config.norm_eps)
 
@@ -145,7 +145,7 @@ def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Arra
         x = _after_attention(layer, config, x, block.packed_attention(q, k, v, mask))
         return x, (block_keys(k), v.transpose(0, 2, 1, 3))
 
-    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
+    x = _embed(policy, tokens, dtype)
     _, (keys, values) = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return keys, values
 
@@ -237,7 +237,7 @@ def decode_step(
     """
     config = policy.config
     tables = _rope_tables(config, positions, cache.max_tokens)
-    x = constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
+    x = _embed(policy, tokens, dtype)
     all_keys, all_values = list(cache.keys), list(cache.values)
     for i, layer in enumerate(split_layers(policy) if layers is None else layers):
         rotation = None if i in config.no_rope_layers else tables
@@ -247,6 +247,11 @@ def decode_step(
         x = _after_attention(layer, config, x, heads)
     hidden = block.rms_norm(x, policy.final_norm, config.norm_eps)
     return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))
+
+
+def _embed(policy: Decoder, tokens: jax.Array, dtype: Any) -> jax.Array:
+    """Hidden states [..., D] of tokens [...] before the first layer; cast before it is gathered."""
+    return constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
 
 
 def _rope_tables(

@@ -12,6 +12,7 @@ from models.config import ModelConfig
 from roofline import model_zoo
 from roofline.datasheets import datasheet
 from roofline.hardware import Hardware
+from roofline.machine import cache_folder
 from roofline.settings import model_of, read_settings
 
 EXIT_USER_ERROR = 2
@@ -53,8 +54,7 @@ def find_hardware(name: str) -> Hardware:
 
 
 def _newest_calibration() -> Hardware:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    files = (base / "jaxrl" / "calibration").glob("*.json")
+    files = cache_folder("calibration").glob("*.json")
     newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
     if newest is None:
         raise ValueError("this machine is not calibrated; run `python -m roofline.calibrate`")

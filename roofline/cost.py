@@ -144,7 +144,7 @@ def train(
     once += as_work(
         traffic.forward(model, layout, tokens)
         + traffic.scored_head(model, layout, tokens, trains=True)
-        + traffic.backward(model, layout, tokens)
+        + traffic.layers(model, layout, tokens)
         + traffic.gradients(model, layout)
     )
     return _cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)

@@ -105,10 +105,6 @@ class Work:
             collectives=self.collectives * count,
         )
 
-    def negated(self) -> Work:
-        """The same work, to be taken out of a sum."""
-        return self.times(-1)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
@@ -199,11 +195,6 @@ def all_gather(array_bytes: float, devices: int, arrays: int = 1) -> Work:
     if devices == 1:
         return Work()
     return Work(link_bytes=array_bytes * (devices - 1) / devices, collectives=arrays)
-
-
-def reduce_scatter(array_bytes: float, devices: int, arrays: int = 1) -> Work:
-    """Egress of one device for reduce-scatters of arrays of `array_bytes` in all: A (n-1)/n."""
-    return all_gather(array_bytes, devices, arrays)
 
 
 def all_reduce(array_bytes: float, devices: int, arrays: int = 1) -> Work:

@@ -66,14 +66,16 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def cache_folder(name: str) -> Path:
+    """$XDG_CACHE_HOME/jaxrl/NAME, or ~/.cache/jaxrl/NAME."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jaxrl" / name
+
+
 def cache_file(
     model: ModelConfig | None, workload: Workload, versions: Mapping[str, str], devices: int
 ) -> Path:
-    """Where the calibration for this machine, software, model and workload is kept.
-
-    Under $XDG_CACHE_HOME/jaxrl/calibration, or ~/.cache/jaxrl/calibration.
-    """
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    """Where the calibration for this machine, software, model and workload is kept."""
     key = {
         "format": FORMAT,
         "host": platform.node(),
@@ -84,4 +86,4 @@ def cache_file(
         "workload": dataclasses.asdict(workload),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(base) / "jaxrl" / "calibration" / f"{digest}.json"
+    return cache_folder("calibration") / f"{digest}.json"

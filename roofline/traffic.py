@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from models.config import ModelConfig
-from roofline.kernels import FLOAT32_BYTES, Layout, Shard, Work, shard
+from roofline.kernels import FLOAT32_BYTES, Layout, Shard, Work, all_gather, all_reduce, shard
 
 Kind = Literal["all-gather", "all-reduce", "reduce-scatter"]
 Axis = Literal["data", "fsdp", "tensor"]
@@ -40,9 +40,9 @@ class Collective:
 
     @property
     def link_bytes(self) -> float:
-        """What one device sends for all of them: A (n-1)/n, twice that for an all-reduce."""
-        once = self.array_bytes * (self.devices - 1) / self.devices
-        return self.count * once * (2 if self.kind == "all-reduce" else 1)
+        """What one device sends for all of them."""
+        egress = all_reduce if self.kind == "all-reduce" else all_gather  # scattering sends as much
+        return self.count * egress(self.array_bytes, self.devices).link_bytes
 
 
 def as_work(collectives: tuple[Collective, ...]) -> Work:
@@ -53,20 +53,24 @@ def as_work(collectives: tuple[Collective, ...]) -> Work:
     )
 
 
+def layers(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective, ...]:
+    """Of one pass through all layers on `tokens` tokens per device, forward or backward; without the
+    sums of the gradients."""
+    part, size = shard(model, layout), layout.compute_bytes
+    weight = _layer_values(model, part) * size / WEIGHTS_PER_LAYER
+    return _over(
+        "all-gather", "fsdp", layout.fsdp, weight, WEIGHTS_PER_LAYER * model.num_layers
+    ) + _over(
+        "all-reduce", "tensor", layout.tensor, tokens * model.width * size, 2 * model.num_layers
+    )
+
+
 def forward(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective, ...]:
     """Of the embedding and all layers on `tokens` tokens per device."""
     part, size = shard(model, layout), layout.compute_bytes
-    found = _layer_gathers(model, part, layout)
-    found += _gathered("fsdp", layout.fsdp, part.vocab * model.width * size, 1)
-    found += _summed(layout.tensor, tokens * model.width * size, 2 * model.num_layers)
-    return found + _summed(part.vocab_shards, tokens * model.width * size, 1)
-
-
-def backward(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective, ...]:
-    """Of all layers' backward on `tokens` tokens per device, without the gradients' sums."""
-    part, size = shard(model, layout), layout.compute_bytes
-    found = _layer_gathers(model, part, layout)
-    return found + _summed(layout.tensor, tokens * model.width * size, 2 * model.num_layers)
+    found = layers(model, layout, tokens)
+    found += _over("all-gather", "fsdp", layout.fsdp, part.vocab * model.width * size)
+    return found + _over("all-reduce", "tensor", part.vocab_shards, tokens * model.width * size)
 
 
 def scored_head(
@@ -77,11 +81,12 @@ def scored_head(
     A tied head is the embedding, which `forward` has gathered.
     """
     part, size = shard(model, layout), layout.compute_bytes
-    found = _summed(part.vocab_shards, tokens * FLOAT32_BYTES, STATISTICS)
+    split = part.vocab_shards
+    found = _over("all-reduce", "tensor", split, tokens * FLOAT32_BYTES, STATISTICS)
     if not model.tied_embeddings:
-        found += _gathered("fsdp", layout.fsdp, part.vocab * model.width * size, 1)
+        found += _over("all-gather", "fsdp", layout.fsdp, part.vocab * model.width * size)
     if trains:
-        found += _summed(part.vocab_shards, tokens * model.width * size, 1)
+        found += _over("all-reduce", "tensor", split, tokens * model.width * size)
     return found
 
 
@@ -93,22 +98,10 @@ def gradients(model: ModelConfig, layout: Layout) -> tuple[Collective, ...]:
     part, size = shard(model, layout), layout.compute_bytes
     values = model.num_layers * _layer_values(model, part) + 2 * part.vocab * model.width
     count = WEIGHTS_PER_LAYER * model.num_layers + 2
-    found: tuple[Collective, ...] = ()
-    if layout.fsdp > 1:
-        found += (
-            Collective(
-                kind="reduce-scatter", axis="fsdp", devices=layout.fsdp,
-                array_bytes=values * size / count, count=count,
-            ),
-        )  # fmt: skip
-    if layout.data > 1:
-        found += (
-            Collective(
-                kind="all-reduce", axis="data", devices=layout.data,
-                array_bytes=values * size / count / layout.fsdp, count=count,
-            ),
-        )  # fmt: skip
-    return found
+    array_bytes = values * size / count
+    return _over("reduce-scatter", "fsdp", layout.fsdp, array_bytes, count) + _over(
+        "all-reduce", "data", layout.data, array_bytes / layout.fsdp, count
+    )
 
 
 def _layer_values(model: ModelConfig, part: Shard) -> int:
@@ -117,26 +110,12 @@ def _layer_values(model: ModelConfig, part: Shard) -> int:
     return model.width * (2 * part.query + 2 * part.kv + (gates + 1) * part.ffw)
 
 
-def _layer_gathers(model: ModelConfig, part: Shard, layout: Layout) -> tuple[Collective, ...]:
-    size = _layer_values(model, part) * layout.compute_bytes / WEIGHTS_PER_LAYER
-    return _gathered("fsdp", layout.fsdp, size, WEIGHTS_PER_LAYER * model.num_layers)
-
-
-def _gathered(axis: Axis, devices: int, array_bytes: float, count: int) -> tuple[Collective, ...]:
+def _over(
+    kind: Kind, axis: Axis, devices: int, array_bytes: float, count: int = 1
+) -> tuple[Collective, ...]:
+    """Collectives over an axis; none over an axis of one device."""
     if devices == 1:
         return ()
     return (
-        Collective(
-            kind="all-gather", axis=axis, devices=devices, array_bytes=array_bytes, count=count
-        ),
-    )
-
-
-def _summed(devices: int, array_bytes: float, count: int) -> tuple[Collective, ...]:
-    if devices == 1:
-        return ()
-    return (
-        Collective(
-            kind="all-reduce", axis="tensor", devices=devices, array_bytes=array_bytes, count=count
-        ),
+        Collective(kind=kind, axis=axis, devices=devices, array_bytes=array_bytes, count=count),
     )

@@ -290,9 +290,8 @@ class RolloutEngine:
 
     def _collect(self, chunk: Chunk, version: int) -> list[tuple[Request, Completion]]:
         finished = []
-        counts = chunk.sampled.sum(
-            0
-        ).tolist()  # a slot samples from the first step on until it ends
+        # a slot samples from the first step on until it ends, so a count says which steps
+        counts = chunk.sampled.sum(0).tolist()
         ended = (chunk.remaining == 0).tolist()
         tokens, logprobs = chunk.tokens.T.copy(), chunk.logprobs.T.copy()
         for slot, live in list(self._live.items()):

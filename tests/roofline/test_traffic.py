@@ -106,7 +106,7 @@ def test_a_training_program_moves_what_the_cost_model_counts(
     counted = counted_bytes(
         traffic.forward(model, layout, local)
         + traffic.scored_head(model, layout, local, trains=True)
-        + traffic.backward(model, layout, local)
+        + traffic.layers(model, layout, local)
         + traffic.gradients(model, layout)
     )
     assert_same(seen_bytes(compiled(accumulate, model, sizes, trains=True), sizes), counted)
