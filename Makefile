@@ -1,5 +1,7 @@
 # make train      install what is needed, then train the quickstart; ARGS='--train.steps=50' overrides
 # make test       the test suite; ARGS='-k telemetry' selects
+# make test-rehearse  the tests that compile for GPUs, in an environment with jax's CUDA plug-in (6 GB;
+#                 no GPU); make rehearse-setup makes only the environment, .venv-rehearse
 # make lint types ruff and pyright
 # make setup      only the virtual environment; PYTHON=python3.12 picks the interpreter,
 #                 EXTRAS=dev,cuda13 installs for NVIDIA GPUs
@@ -40,6 +42,21 @@ lint: setup
 
 types: setup
 	@$(RUN) -m pyright
+
+REHEARSE := .venv-rehearse
+
+.PHONY: rehearse-setup test-rehearse
+
+rehearse-setup: $(REHEARSE)/.ready
+
+$(REHEARSE)/.ready: pyproject.toml
+	@test -x $(@D)/bin/python || { echo "Creating $(@D)"; $(PYTHON) -m venv $(@D); }
+	@echo "Installing jaxrl with jax's CUDA plug-in into $(@D) (once; a few minutes)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev,cuda12]'
+	@touch $@
+
+test-rehearse: rehearse-setup
+	@JAX_PLATFORMS=cpu $(REHEARSE)/bin/python -m pytest -q -m slow tests/jaxrl/test_rehearse_gpu.py $(ARGS)
 
 PEERS_PYTHON ?= $(PYTHON)
 TUNIX_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) $(PYTHON))

@@ -82,11 +82,9 @@ def run(case: Case, options: argparse.Namespace, folder: Path) -> dict[str, Any]
         "samples_per_s": samples * len(steps) / seconds,
         "step_s": seconds / len(steps),
         "phase_s_per_step": dict(phases),
-        "predicted_step_s": plan.comparison.sync_s
-        if case.staleness == 0
-        else plan.comparison.async_s,
-        "predicted_winner": plan.comparison.winner,
-        "predicted_speedup": plan.comparison.speedup,
+        "predicted_step_s": plan.overlapped_s if case.staleness else plan.lockstep_s,
+        "predicted_winner": "async" if plan.overlapped_s < plan.lockstep_s else "sync",
+        "predicted_speedup": plan.lockstep_s / plan.overlapped_s,
         "contention": hardware.contention,
     }
 

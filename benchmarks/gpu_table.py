@@ -1,5 +1,6 @@
 """README's table of GPU figures from the results of the GPU suite: python -m benchmarks.gpu_table
 
+Also writes what `model.attention=auto` and `rollout.attention=auto` choose from (`jaxrl.attention`).
 Takes the newest results of each device in benchmarks/results and writes the text between the two
 comment lines START and END of README. Without results it says so and leaves README as it is.
 """
@@ -7,14 +8,18 @@ comment lines START and END of README. Without results it says so and leaves REA
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.gpu.cases import GPU
 from benchmarks.gpu.report import foot, models, peer_rows, targets
 from benchmarks.gpu.store import load_results
+from jaxrl.attention import TABLE
 
 README = record.ROOT / "README.md"
 START, END = "<!-- gpu:start -->\n", "<!-- gpu:end -->"
@@ -27,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_table")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--attention", type=Path, default=TABLE)
     options = parser.parse_args(argv)
     text = options.readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
@@ -39,10 +45,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             f"{options.results.name} holds no results of benchmarks/gpu_suite.py; run it on a GPU first"
         )
+    programs = attention_table(newest.values())
+    options.attention.write_text(json.dumps(programs, indent=1) + "\n", encoding="utf-8")
     before, rest = text.split(START)
     made = "\n".join(block(content) for content in newest.values())
     options.readme.write_text(before + START + made + END + rest.split(END)[1], encoding="utf-8")
     print(made)
+
+
+def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Median seconds of each program of attention, by device kind and shape, of the first model measured: what
+    `jaxrl.attention.fastest` reads. Cases in the compute dtype alone; train with recomputation."""
+    model = next(iter(GPU.models))
+    cases = [
+        case for case in GPU.cases()
+        if case.model == model and not case.cache_dtype
+        and (case.kind == "decode" or (case.kind == "train" and case.remat == "block"))
+    ]  # fmt: skip
+    table: dict[str, list[dict[str, Any]]] = {}
+    for content in results:
+        seconds: defaultdict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+        for case in cases:
+            result = content["results"].get(case.name, {})
+            if result.get("status") == "done":
+                shape = (case.kind, case.rows, case.tokens)
+                seconds[shape][case.attention or "xla"] = result["measured_s"]["median"]
+        made = content["provenance"]
+        table[made.get("seen", {}).get("device", made["device"])] = [
+            {"phase": kind, "rows": rows, "tokens": tokens, "seconds": found}
+            for (kind, rows, tokens), found in seconds.items()
+            if len(found) > 1
+        ]
+    return table
 
 
 def block(content: Mapping[str, Any]) -> str:

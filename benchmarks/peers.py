@@ -4,8 +4,10 @@ Every system runs in a process of its own, loads the same random checkpoint and 
 and lengths. All processes are started, warmed up and compiled first; then, round after round, each
 measures once while the others wait. The order turns by one per round. Two scenarios:
 
-    fixed   32 prompts x 8 samples, 32 + 64 tokens each: rollout tokens/s, seconds of a train step
-    tail    256 completions whose longest is 10 times the median: useful tokens/s
+    fixed   P prompts x G samples, 32 + 64 tokens each: rollout tokens/s, seconds of a train step
+    tail    P x G completions whose longest is 10 times the median: useful tokens/s
+
+P, G and the number of rounds depend on --size (AMOUNTS). At the end every process's own peak memory is read.
 
 Systems whose environment is not there are skipped with a word; `make peers` makes both.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -37,6 +40,30 @@ ENVIRONMENTS = {
     "tunix": ".venv-tunix/bin/python",
 }
 WITH_PEAK = ("jaxrl", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much one size measures, so that a round of all systems takes about a minute on two cores."""
+
+    prompts: int
+    group: int
+    tail_slots: int
+    microbatch: int
+    jaxrl_microbatch: int = 8
+    rounds: int = 7
+    warmup: int = 2
+
+
+AMOUNTS = {
+    "tiny": Amount(prompts=32, group=8, tail_slots=64, microbatch=64),
+    "3m": Amount(prompts=32, group=8, tail_slots=64, microbatch=64),
+    "20m": Amount(prompts=8, group=8, tail_slots=16, microbatch=16, rounds=5, warmup=1),
+    "80m": Amount(
+        prompts=4, group=4, tail_slots=8, microbatch=8, jaxrl_microbatch=4, rounds=3, warmup=1
+    ),
+}
+"""By size; the command line wins."""
 PROMPT_SEED, TAIL_SEED = 0, 1
 
 
@@ -69,6 +96,12 @@ class Worker:
         self.tell(command)
         return self.read()
 
+    def peak_bytes(self) -> int:
+        """Most memory of its own the process ever held (proc(5), VmHWM) [bytes]."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError):
@@ -99,59 +132,65 @@ def main(argv: Sequence[str] | None = None) -> None:
             workers.append(worker)
         same_model(workers)
         rounds = measure(workers, workload, options)
+        for worker in workers:
+            worker.hello["peak_bytes"] = worker.peak_bytes()
     for worker in workers:
         made["versions"] |= {
             package if package != "jax" else f"jax of {worker.name}": version
             for package, version in worker.hello["versions"].items()
         }
     content = summarise(workload, rounds, {worker.name: worker.hello for worker in workers})
-    name = f"peers_{options.shape}"
+    name = f"peers_{options.size}"
     record.write(name, {"provenance": made, **content}, report(content), options.out)
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="3m", help="model")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each system")
-    parser.add_argument("--warmup", type=int, default=2, help="unmeasured runs of each")
+    parser.add_argument("--size", choices=sorted(SHAPES), default="3m", help="model")
+    parser.add_argument("--rounds", type=int, help="measurements of each system")
+    parser.add_argument("--warmup", type=int, help="unmeasured runs of each")
     parser.add_argument("--systems", type=lambda s: s.split(","), default=list(ENVIRONMENTS))
     parser.add_argument("--scenarios", type=lambda s: s.split(","), default=["fixed", "tail"])
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--group", type=int, default=8, help="samples per prompt")
+    parser.add_argument("--prompts", type=int)
+    parser.add_argument("--group", type=int, help="samples per prompt")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--tail-prompts", type=int, default=32)
     parser.add_argument("--tail-median", type=int, default=24, help="tokens")
     parser.add_argument("--tail-ratio", type=float, default=10.0, help="longest / median")
-    parser.add_argument("--tail-slots", type=int, default=64, help="jaxrl's slots")
-    parser.add_argument("--microbatch", type=int, default=64, help="sequences, in the train step")
-    parser.add_argument("--jaxrl-microbatch", type=int, default=4, help="the same, for jaxrl")
+    parser.add_argument("--tail-slots", type=int, help="jaxrl's slots")
+    parser.add_argument("--microbatch", type=int, help="sequences, in the train step")
+    parser.add_argument("--jaxrl-microbatch", type=int, help="the same, for jaxrl: whole groups")
     parser.add_argument("--threads", type=int, default=2, help="cores every system may use")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
+    for name, usual in dataclasses.asdict(AMOUNTS[options.size]).items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     unknown = set(options.systems) - set(ENVIRONMENTS)
     if unknown:
         parser.error(f"--systems: unknown {sorted(unknown)}; known: {', '.join(ENVIRONMENTS)}")
     samples = options.prompts * options.group
-    if samples % options.microbatch or samples % options.jaxrl_microbatch:
-        parser.error("--microbatch and --jaxrl-microbatch must divide --prompts * --group")
+    if samples % options.microbatch or options.jaxrl_microbatch % options.group:
+        parser.error(
+            "--microbatch must divide --prompts * --group, --jaxrl-microbatch be a multiple of --group"
+        )
     return options
 
 
 def make_workload(options: argparse.Namespace, folder: Path) -> Workload:
     """The workload and its checkpoint, in `folder`."""
-    shape, checkpoint = SHAPES[options.shape], folder / "checkpoint"
-    words = [sys.executable, "-m", "benchmarks.systems.checkpoint", options.shape, str(checkpoint)]
+    shape, checkpoint = SHAPES[options.size], folder / "checkpoint"
+    words = [sys.executable, "-m", "benchmarks.systems.checkpoint", options.size, str(checkpoint)]
     subprocess.run(words, cwd=record.ROOT, env=_environment(options.threads), check=True)
     vocab, length = shape.vocab_size, options.prompt_tokens
     workload = Workload(
         shape=shape, checkpoint=str(checkpoint),
         prompts=random_prompts(options.prompts, length, vocab, PROMPT_SEED),
         group_size=options.group, new_tokens=options.new_tokens,
-        tail_prompts=random_prompts(options.tail_prompts, length, vocab, TAIL_SEED),
+        tail_prompts=random_prompts(options.prompts, length, vocab, TAIL_SEED),
         tail_lengths=tail_lengths(
-            options.tail_prompts * options.group, median=options.tail_median,
+            options.prompts * options.group, median=options.tail_median,
             ratio=options.tail_ratio, seed=TAIL_SEED,
         ),
         tail_slots=options.tail_slots, microbatch=options.microbatch,

@@ -27,6 +27,8 @@ def summarise(
     """Medians and spreads per system, shares of the measured matmul peak, and the raw rounds."""
     peak = max((r["flops_per_s"] for r in records if r["scenario"] == "peak"), default=0.0)
     systems = {name: _system(name, workload, records, peak) for name in hellos}
+    for name, hello in hellos.items():
+        systems[name]["peak_bytes"] = hello["peak_bytes"]
     return {
         "workload": _facts(workload),
         "matmul_peak_gflops_per_s": peak / 1e9,
@@ -105,33 +107,63 @@ def report(content: Mapping[str, Any]) -> str:
 
     head = [
         "system", "rollout tokens/s", "train step s", "rollout + train s", "tail tokens/s",
-        "share of peak: rollout / train / tail",
+        "share of peak: rollout / train / tail", "memory GiB",
     ]  # fmt: skip
     rows = [
         [name, number(name, "rollout_tokens_per_s", 0), number(name, "train_s", 2),
-         number(name, "step_s", 2), number(name, "tail_tokens_per_s", 0), share(name)]
+         number(name, "step_s", 2), number(name, "tail_tokens_per_s", 0), share(name),
+         f"{systems[name]['peak_bytes'] / 2**30:.2f}"]
         for name in sorted(systems, key=lambda n: -_key(systems[n]))
     ]  # fmt: skip
+    ratios = "\n".join(_ratios(systems))
     how = "\n".join(f"- {name}: {text}" for name, text in content["tail_mechanism"].items())
     return (
         f"# jaxrl beside other systems: {facts['parameters'] / 1e6:.2f}M parameters, float32, "
         f"{facts['threads']} cores\n\n"
         f"The same random Qwen3-shaped checkpoint everywhere; greedy completions were equal in "
         f"{', '.join(content['same_greedy_tokens'])}. Median (min to max) of interleaved rounds; "
-        f"start, loading and compilation excluded.\n\n{table(head, rows)}\n\n"
+        f"start, loading and compilation excluded. Memory: most that the process ever held, "
+        f"compilation included."
+        f"\n\n{table(head, rows)}\n\n{ratios}\n\n"
         f"Rollout: {facts['fixed']}, sampling at temperature 1, no end token; {facts['rollout_tokens']} "
         f"generated tokens, prefill included. Train step: GRPO loss and AdamW over "
         f"{facts['train_tokens']} tokens in micro-batches of {facts['microbatch_sequences']} sequences "
-        f"(jaxrl: {facts['jaxrl_microbatch_sequences']}, so that activations stay in cache; TRL and tunix "
-        f"are no faster at 8, 16 or 64), "
+        f"(jaxrl: {facts['jaxrl_microbatch_sequences']}, whose prompt stands once in front of them; TRL and "
+        f"tunix are no faster at 8, 16 or 64), "
         f"after the rewards are known (jaxrl's includes packing). Peak: "
         f"{content['matmul_peak_gflops_per_s']:.0f} GFLOP/s, the best 2048^3 float32 "
         f"product of torch and XLA in any round; shares count useful work only (each "
-        f"prompt prefilled once, no padding).\n\n"
+        f"prompt once, no padding).\n\n"
         f"Tail: {facts['tail_samples']} samples of the same prompt length whose completion lengths are "
         f"lognormal with median {facts['tail_median']} and longest {facts['tail_max']} tokens, "
         f"{facts['tail_tokens']} useful tokens. How lengths are imposed:\n\n{how}"
     )
+
+
+RATIOS = (
+    ("rollout", "rollout_tokens_per_s", False), ("train step", "train_s", True),
+    ("tail", "tail_tokens_per_s", False), ("memory", "peak_bytes", True),
+)  # fmt: skip
+"""What jaxrl is compared in: name, key, whether less is better."""
+
+
+def _ratios(systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line per measure: jaxrl against the best of the others; above 1 is better than they are."""
+
+    def value(name: str, key: str) -> float:
+        found = systems[name][key]
+        return found["median"] if isinstance(found, Mapping) else found
+
+    lines = []
+    for what, key, less in RATIOS:
+        others = [n for n, s in systems.items() if n != "jaxrl" and key in s]
+        if not others or key not in systems.get("jaxrl", {}):
+            continue
+        best = (min if less else max)(others, key=lambda name: value(name, key))
+        ours, theirs = value("jaxrl", key), value(best, key)
+        ratio = theirs / ours if less else ours / theirs
+        lines.append(f"- {what}: jaxrl {ratio:.2f} times as good as the best other ({best})")
+    return lines
 
 
 def _key(system: Mapping[str, Any]) -> float:

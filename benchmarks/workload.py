@@ -134,11 +134,9 @@ class Workload:
         return decode + len(self.tail_prompts) * self._prefill_flops()
 
     def train_flops(self) -> float:
-        """Forward and backward over all tokens of the train step, causal attention, no recomputation."""
-        length = self.prompt_tokens + self.new_tokens
-        seen = (length + 1) / 2
-        per_token = 2.0 * self.shape.matmul_parameters + self.shape.attention_flops(seen)
-        return 3.0 * per_token * self.train_tokens
+        """Useful flops of the train step: each prompt once, then each completion, forward and backward."""
+        decode = self.samples * decode_flops(self.shape, self.prompt_tokens, self.new_tokens)
+        return 3.0 * (decode + len(self.prompts) * self._prefill_flops())
 
     def _prefill_flops(self) -> float:
         tokens, shape = self.prompt_tokens, self.shape

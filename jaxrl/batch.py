@@ -25,6 +25,7 @@ class Batch:
     token_weights: Any  # float32, d loss / d token loss
     advantages: Any  # float32, of the target's sequence (or token)
     sampler_logprobs: Any  # float32
+    prefix_ids: Any = None  # int32, segment of the shared prompt before the token, 0 none
     # Of a forward pass over the whole batch before its first update; None where nothing needs it.
     learner_logprobs: Any = None  # float32
     learner_entropy: Any = None  # float32, nats

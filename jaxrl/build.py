@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxrl.buffer import BufferState, GroupBuffer
+from jaxrl.attention import cache_dtype, choose_programs
+from jaxrl.buffer import BufferState, GroupBuffer, PromptSource
 from jaxrl.config import Config
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
@@ -18,19 +20,21 @@ from jaxrl.learner.critic import critic_adam
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.optimizer import adamw, learning_rate
 from jaxrl.learner.steps import ForwardSettings
+from jaxrl.length_curriculum import at_stage
 from jaxrl.observe import Observer
 from jaxrl.policy import resolve_model
 from jaxrl.prompts import PromptStream, encode_prompt
 from jaxrl.rewards.pool import RewardPool, VerifierError
 from jaxrl.rewards.sandbox.client import Sandbox
 from jaxrl.rollout.engine import RolloutEngine, SamplingParams
-from jaxrl.rollout.worker import RolloutWorker
+from jaxrl.rollout.probes import ProbeSettings
+from jaxrl.rollout.worker import RolloutWorker, Stages
 from jaxrl.tasks import Task, make_task
 from jaxrl.tokenizer import Tokenizer
 from jaxrl.types import Problem
 from jaxrl.weights import WeightStore
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Policy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +56,12 @@ def make_subject(config: Config) -> Subject:
     task = make_task(config.task, config.run.seed)
     longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     model, tokenizer = resolve_model(config.model, task, longest)
+    model = replace(model, lora=config.lora.shape)
     return Subject(task=task, model=model, tokenizer=tokenizer)
 
 
 def make_learner(
-    config: Config, model: ModelConfig, mesh: Mesh, policy: Decoder, observer: Observer
+    config: Config, model: ModelConfig, mesh: Mesh, policy: Policy, observer: Observer
 ) -> Learner:
     """The learner of reinforcement learning; takes ownership of `policy`."""
     train, updates = config.train, config.grpo.updates_per_step
@@ -68,7 +73,7 @@ def make_learner(
 
 
 def make_learner_at(
-    config: Config, model: ModelConfig, mesh: Mesh, policy: Decoder, rate: optax.Schedule,
+    config: Config, model: ModelConfig, mesh: Mesh, policy: Policy, rate: optax.Schedule,
     observer: Observer,
 ) -> Learner:  # fmt: skip
     """A learner with the learning rate `rate` per step and AdamW as train.* sets it; owns `policy`."""
@@ -83,19 +88,21 @@ def make_learner_at(
             learning_rate=config.grpo.critic_learning_rate, max_grad_norm=train.max_grad_norm
         )
     return Learner(
-        model, mesh, policy, optimizer, forward=forward_settings(config), grpo=config.grpo,
+        model, mesh, policy, optimizer, forward=forward_settings(config, mesh), grpo=config.grpo,
         max_nonfinite_steps=train.max_nonfinite_steps, observer=observer,
         critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
 
-def forward_settings(config: Config) -> ForwardSettings:
+def forward_settings(config: Config, mesh: Mesh) -> ForwardSettings:
     """How the learner runs the model: in the temperature that samples are drawn at."""
     return ForwardSettings(
         dtype=jnp.dtype(config.model.dtype),
         temperature=config.rollout.temperature,
         chunk_tokens=config.train.logprob_chunk_tokens,
         remat=config.model.remat == "block",
+        shared=config.train.shared_prompts,
+        attention=choose_programs(config, mesh.devices.flat[0]).train,
     )
 
 
@@ -105,7 +112,21 @@ def make_store(config: Config, model: ModelConfig, learner: Mesh, rollout: Mesh)
     return WeightStore(model, learner_mesh=learner, rollout_mesh=rollout, dtype=dtype)
 
 
-def make_engine(config: Config, subject: Subject, mesh: Mesh, observer: Observer) -> RolloutEngine:
+class Writer(Protocol):
+    """A model with its tokenizer, such as a Subject."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What its tokens mean."""
+        ...
+
+
+def make_engine(config: Config, subject: Writer, mesh: Mesh, observer: Observer) -> RolloutEngine:
     """A sampling engine; training and evaluation each have one."""
     rollout = config.rollout
     return RolloutEngine(
@@ -114,12 +135,14 @@ def make_engine(config: Config, subject: Subject, mesh: Mesh, observer: Observer
         refill_cost_steps=rollout.refill_cost_steps,
         num_stop_ids=len(subject.tokenizer.stop_ids), dtype=jnp.dtype(config.model.dtype),
         seed=config.run.seed, kv_on_swap=rollout.kv_on_swap, observer=observer,
+        cache_dtype=cache_dtype(config), programs=choose_programs(config, mesh.devices.flat[0]),
     )  # fmt: skip
 
 
 def make_rewards(config: Config) -> RewardPool:
     """The verifier processes."""
-    task = config.task
+    longest = config.task.shaping.max_tokens or config.rollout.max_new_tokens
+    task = replace(config.task, shaping=replace(config.task.shaping, max_tokens=longest))
     return RewardPool(
         task, config.run.seed, task.reward_workers, task.reward_timeout_s, task.reward_latency_s
     )
@@ -158,7 +181,7 @@ def make_stream(config: Config, subject: Subject) -> PromptStream:
     longest = config.rollout.max_prompt_tokens
     for problem in (p for problems in held_out(config, subject) for p in problems):
         encode_prompt(problem, subject.tokenizer, longest, subject.add_bos)
-    if config.sft.steps:
+    if config.sft.steps and config.sft.path is None:
         encode_solutions(config, subject)
     return PromptStream(
         subject.task.problems("train"), subject.tokenizer, config.run.seed, longest, subject.add_bos
@@ -197,7 +220,7 @@ def encode_solutions(
 
 
 def make_buffer(
-    config: Config, stream: PromptStream, *, version: int, state: BufferState | None
+    config: Config, stream: PromptSource, *, version: int, state: BufferState | None
 ) -> GroupBuffer:
     """The staleness-bounded hand-over from rollout to learner."""
     return GroupBuffer(
@@ -208,17 +231,35 @@ def make_buffer(
 
 def make_worker(
     config: Config, subject: Subject, mesh: Mesh, store: WeightStore, buffer: GroupBuffer,
-    rewards: RewardPool, observer: Observer,
+    rewards: RewardPool, observer: Observer, *, stages: Stages | None = None,
+    probes: ProbeSettings | None = None,
 ) -> RolloutWorker:  # fmt: skip
-    """The rollout thread and its engine."""
+    """The rollout thread and its engine: of the present stage, where there are several."""
+    if stages is None:
+        engine = make_engine(config, subject, mesh, observer)
+    else:
+        engine = stages.make_engine(stages.lengths.current)
+        config = at_stage(config, stages.lengths.current)
+    return make_worker_on(
+        config, subject, engine, store, buffer, rewards, observer, stages=stages, probes=probes
+    )
+
+
+def make_worker_on(
+    config: Config, subject: Subject, engine: RolloutEngine, store: WeightStore,
+    buffer: GroupBuffer, rewards: RewardPool, observer: Observer, *, stages: Stages | None = None,
+    probes: ProbeSettings | None = None,
+) -> RolloutWorker:  # fmt: skip
+    """The rollout thread on an engine that stands idle."""
     rollout = config.rollout
     params = SamplingParams(
         temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k,
         max_new_tokens=rollout.max_new_tokens, stop_ids=subject.tokenizer.stop_ids,
     )  # fmt: skip
     return RolloutWorker(
-        make_engine(config, subject, mesh, observer), store, buffer, rewards, subject.tokenizer,
-        group_size=config.grpo.group_size, params=params, observer=observer,
+        engine, store, buffer, rewards, subject.tokenizer,
+        group_size=config.grpo.samples_per_prompt, params=params, observer=observer, stages=stages,
+        probes=probes,
     )  # fmt: skip
 
 

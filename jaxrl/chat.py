@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from jaxrl.tokenizer.hugging_face import read_settings, special_token
 TODAY = datetime.date(2025, 7, 1)
 """The day that templates are told it is, unless the caller says another."""
 _THINKING = "enable_thinking"
+_MARK = re.compile("\N{NULL}generation\N{NULL}")
+"""Beside the assistant's words while a chat is marked; no text of JSON rows that a template prints has it."""
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
@@ -42,15 +45,11 @@ class ChatTemplate:
         self, source: str, *, bos_token: str = "", eos_token: str = "", today: datetime.date = TODAY
     ) -> None:
         """Raises: UserError for a template that is no jinja."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = today.strftime
+        environment = _environment(_GenerationBlocks, today)
         try:
             self._template = environment.from_string(source)
             known = meta.find_undeclared_variables(environment.parse(source))
+            self._marked = _environment(_MarkedBlocks, today).from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template is no valid jinja: {error}") from error
         self.bos_token = bos_token
@@ -76,9 +75,34 @@ class ChatTemplate:
             raise UserError(
                 f"thinking={thinking}, but this model's chat template has no such modes; leave it out"
             )
+        return self._render(self._template, messages, reply, thinking, tools)
+
+    def marked(
+        self,
+        messages: Messages,
+        *,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The whole chat as text, and (begin, end) of each part that the template itself marks as the
+        assistant's with `{% generation %}`; none if it marks nothing.
+
+        Raises: UserError as `render`.
+        """
+        pieces = _MARK.split(self._render(self._marked, messages, False, thinking, tools))
+        spans, text = [], pieces[0]
+        for inside, outside in zip(pieces[1::2], pieces[2::2], strict=True):
+            spans.append((len(text), len(text) + len(inside)))
+            text += inside + outside
+        return text, spans
+
+    def _render(
+        self, template: jinja2.Template, messages: Messages, reply: bool, thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
+    ) -> str:  # fmt: skip
         variables: dict[str, Any] = {} if thinking is None else {_THINKING: thinking}
         try:
-            return self._template.render(
+            return template.render(
                 messages=_plain(messages),
                 tools=_plain(tools) or None,
                 add_generation_prompt=reply,
@@ -137,6 +161,8 @@ class ChatTokenizer:
         """Raises: UserError for a mode of thinking that the template does not have."""
         self._tokenizer = tokenizer
         self._prompt = partial(template.prompt, system=system, thinking=thinking)
+        self._split = partial(template.split, thinking=thinking)
+        self._system = [] if system is None else [{"role": "system", "content": system}]
         self._prompt("")
         self.name = f"{tokenizer.name}, as a chat"
         self.vocab_size = tokenizer.vocab_size
@@ -146,6 +172,19 @@ class ChatTokenizer:
     def encode_question(self, text: str) -> list[int]:
         """Ids of a chat with this question, up to where the answer begins."""
         return self._tokenizer.encode(self._prompt(text))
+
+    def encode_chat(self, messages: Messages) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(prompt, last turn) of a chat that ends with the assistant's, up to its first stop token.
+
+        The configured system turn is put first where the chat has none.
+        Raises: UserError as `ChatTemplate.split`.
+        """
+        given = messages and messages[0].get("role") == "system"
+        prompt, completion = self._split([*([] if given else self._system), *messages])
+        ids = self._tokenizer.encode(completion)
+        end = next((i for i, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        stop = ids[end] if end < len(ids) else self.stop_ids[0]
+        return tuple(self._tokenizer.encode(prompt)), (*ids[:end], stop)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text as it stands, such as an answer."""
@@ -162,6 +201,17 @@ def load_chat_template(folder: Path, *, today: datetime.date = TODAY) -> ChatTem
 
     Raises: UserError if it has none, as base models do.
     """
+    template = find_chat_template(folder, today=today)
+    if template is None:
+        raise UserError(
+            f"{folder} has no chat template (it may be a base model); use a chat checkpoint, or prompts "
+            "as plain text"
+        )
+    return template
+
+
+def find_chat_template(folder: Path, *, today: datetime.date = TODAY) -> ChatTemplate | None:
+    """`load_chat_template`, or None if the checkpoint has none."""
     settings = read_settings(folder / "tokenizer_config.json")
     source = settings.get("chat_template")
     if isinstance(source, list):
@@ -170,10 +220,7 @@ def load_chat_template(folder: Path, *, today: datetime.date = TODAY) -> ChatTem
     if path.exists():
         source = path.read_text(encoding="utf-8")
     if not isinstance(source, str):
-        raise UserError(
-            f"{folder} has no chat template (it may be a base model); use a chat checkpoint, or prompts "
-            "as plain text"
-        )
+        return None
     return ChatTemplate(
         source,
         bos_token=special_token(settings, "bos_token"),
@@ -191,6 +238,25 @@ class _GenerationBlocks(Extension):
         """The nodes between the two tags."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _MarkedBlocks(_GenerationBlocks):
+    """`{% generation %}` as its content between two marks."""
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The nodes between the two tags, and a mark on either side."""
+        mark = nodes.Output([nodes.TemplateData(_MARK.pattern)])
+        return [mark, *super().parse(parser), mark]
+
+
+def _environment(blocks: type[Extension], today: datetime.date) -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[blocks, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = today.strftime
+    return environment
 
 
 def _plain(data: Any) -> Any:

@@ -3,7 +3,8 @@
 A checkpoint holds the training state (weights, optimizer, step) and a JSON record (prompts drawn and not
 yet trained on, curves so far). Random streams are functions of the seed and of positions that are in it,
 so nothing else is needed to go on exactly. Checkpoint 0 is made before the first step of reinforcement
-learning and is never removed: it is also the frozen reference.
+learning and is never removed: it is also the frozen reference, and holds the frozen base of an adapter, of
+which the other checkpoints have none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import orbax.checkpoint as ocp
 from jaxrl.errors import UserError
 
 FIRST_STEP = 0
+FROZEN = "frozen"
+"""Item of checkpoint 0 with the base of an adapter."""
 
 
 class Checkpoints:
@@ -45,14 +48,24 @@ class Checkpoints:
         """Steps of all complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-        """Write in the background; returns once `state` may be donated."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_by_path(state)), record=ocp.args.JsonSave(record)
-            ),
-        )
+    def save(self, step: int, state: Any, record: dict[str, Any], frozen: Any = None) -> None:
+        """Write in the background; returns once `state` may be donated.
+
+        frozen: weights beside the state that no step changes; give them with checkpoint 0 only.
+        """
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(_by_path(state)), "record": ocp.args.JsonSave(record)
+        }  # fmt: skip
+        if frozen is not None:
+            items[FROZEN] = ocp.args.StandardSave(_by_path(frozen))
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore_frozen(self, like: Any) -> Any:
+        """The frozen weights in checkpoint 0, in the shapes, dtypes and shardings of `like`."""
+        targets = _by_path(jax.tree.map(_abstract, like))
+        args = ocp.args.Composite(**{FROZEN: ocp.args.StandardRestore(targets)})
+        arrays = self._restore(FIRST_STEP, args)[FROZEN]
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in targets])
 
     def restore_record(self, step: int) -> dict[str, Any]:
         """The JSON record of checkpoint `step`."""
@@ -96,6 +109,12 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=args)
         except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+            if "not compatible with the stored shape" in str(error):
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} holds weights of another shape "
+                    f"({_first_line(error).partition('. ')[0]}); set model.* and task.* as in "
+                    f"{self.folder.parent / 'config.yaml'}"
+                ) from error
             raise UserError(
                 f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); remove that "
                 "folder to go on from the one before, or start in a new run.dir"

@@ -13,26 +13,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import errno
 import io
 import itertools
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, cast
 
 import tyro
 import yaml
 
 from jaxrl.config import Config, GrpoConfig
-from jaxrl.errors import UserError
+from jaxrl.errors import UserError, user_message
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+AUTO, _AUTO_MESH = "auto", "--mesh.auto=True"
+_NOISY_LOGS = ("absl", "asyncio")  # orbax and its tasks: pages for one full disk
 
 _BOOLEANS = {"true": "True", "false": "False"}
 _PACKAGE = Path(__file__).resolve().parent
@@ -51,6 +53,8 @@ class ParsedArgs:
     """Show tracebacks of user errors too."""
     list_algorithms: bool
     """Print the algorithms of configs/algorithms and stop."""
+    recalibrate: bool = False
+    """Measure the machine even if a stored calibration fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +70,8 @@ class _Words:
     """Print the algorithms with their choices and sources, then stop."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Print sizes, memory and predicted times, then stop before the first step."""
+    recalibrate: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Measure this machine again instead of using the stored calibration (roofline.calibrate)."""
     debug: tyro.conf.FlagCreatePairsOff[bool] = False
     """Show the traceback of an error as well as its message."""
     settings: Annotated[tyro.conf.FlagConversionOff[Config], tyro.conf.arg(name="")] = field(
@@ -87,6 +93,7 @@ def parse_args(
         UserError: the file is missing, is not valid YAML, or holds an invalid key or value.
         SystemExit: code 2 after a message for a bad word in `argv`; code 0 after `--help`.
     """
+    argv = _with_auto_mesh(argv)
     name, algorithm = _file_word(argv, "--config"), _file_word(argv, "--algorithm")
     base = Config() if name is None else load_config(resolve_config(name))
     if algorithm is not None:
@@ -100,8 +107,22 @@ def parse_args(
     )
     return ParsedArgs(
         config=words.settings, dry_run=words.dry_run, debug=words.debug,
-        list_algorithms=words.list_algorithms,
+        list_algorithms=words.list_algorithms, recalibrate=words.recalibrate,
     )  # fmt: skip
+
+
+def _with_auto_mesh(argv: Sequence[str]) -> list[str]:
+    """`argv` with `--mesh auto` as the setting that it means."""
+    words = list(argv)
+    while "--mesh" in words:
+        at = words.index("--mesh")
+        words[at : at + 2] = [f"--mesh={''.join(words[at + 1 : at + 2])}"]
+    for word in words:
+        if word.startswith("--mesh=") and word != f"--mesh={AUTO}":
+            raise UserError(
+                f"{word}: auto is the only word; a size is set by --mesh.learner-fsdp=2"
+            )
+    return [_AUTO_MESH if word == f"--mesh={AUTO}" else word for word in words]
 
 
 def _file_word(argv: Sequence[str], option: str) -> str | None:
@@ -242,10 +263,21 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
+        elif key == "mesh" and not prefix and value == AUTO:
+            yield _AUTO_MESH
         elif value is None and not prefix and key in sections:
             continue  # a section with nothing under it
+        elif isinstance(value, list) and _holds_list(f"{prefix}{key}"):
+            if value:
+                yield from (_spelled(f"--{prefix}{key}"), *map(str, value))
         else:
             yield _spelled(f"--{prefix}{key}={value}")
+
+
+def _holds_list(key: str) -> bool:
+    """Whether the field `section.name` of a configuration is a list of values."""
+    section, _, name = key.partition(".")
+    return isinstance(getattr(getattr(Config(), section, None), name, None), tuple)
 
 
 def _spelled(word: str) -> str:
@@ -299,8 +331,11 @@ def user_errors(debug: bool = False) -> Iterator[None]:
     """Inside it, an error that the user can mend ends the process with one message and exit code 2.
 
     Works as a context and as a decorator. With `debug` the traceback is printed before the message.
-    Errors that only a programmer can mend pass through unchanged.
+    Errors that only a programmer can mend pass through unchanged. Without `debug` the logs of libraries
+    are silent: what matters in them comes as an exception too.
     """
+    for name in _NOISY_LOGS:
+        logging.getLogger(name).setLevel(logging.WARNING if debug else logging.CRITICAL)
     try:
         yield
     except KeyboardInterrupt:
@@ -310,56 +345,10 @@ def user_errors(debug: bool = False) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
         raise SystemExit(EXIT_USER_ERROR) from None
     except Exception as error:
-        message = next(filter(None, map(_user_message, _with_causes(error))), None)
+        message = user_message(error)
         if message is None:
             raise
         if debug:
             traceback.print_exc()
         print(f"Error: {message}", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None
-
-
-def _with_causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it was raised from: a worker's error reaches the main thread as cause."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _user_message(error: BaseException) -> str | None:
-    """What to tell the user about `error`, or None if it is a fault of the program."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, ValueError) and _raised_in(error.__traceback__).startswith(
-        ("models.", "roofline.")
-    ):
-        return str(error)
-    if isinstance(error, PermissionError):
-        return (
-            f"no permission for {error.filename or 'a file'} ({error.strerror}); choose a folder "
-            "that you may write with --run.dir=FOLDER, or change its permissions"
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"the disk is full while writing {error.filename or 'a file'}; free some space, "
-            "choose another --run.dir, or keep fewer checkpoints with --checkpoint.keep"
-        )
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        detail = str(error).strip().partition("\n")[0] or "the host has no memory left"
-        return (
-            f"out of memory: {detail}\nLower --train.rows-per-microbatch or "
-            "--train.logprob-chunk-tokens (learner), --rollout.slots or --rollout.max-new-tokens "
-            "(rollout), or set --model.remat=block or --model.dtype=bfloat16; --dry-run prints the "
-            "memory that each choice needs."
-        )
-    return None
-
-
-def _raised_in(trace: TracebackType | None) -> str:
-    """Name of the module whose code raised, '' when unknown."""
-    name = ""
-    while trace is not None:
-        name = trace.tb_frame.f_globals.get("__name__", "")
-        trace = trace.tb_next
-    return name

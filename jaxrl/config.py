@@ -11,12 +11,25 @@ from pathlib import Path
 from typing import Literal
 
 from jaxrl.algorithms.config import GrpoConfig
+from jaxrl.consistency import check_consistency
 from jaxrl.errors import UserError
+from jaxrl.ranges import check_ranges
+from jaxrl.sections import (
+    CurriculumConfig,
+    LoraConfig,
+    PreferenceConfig,
+    SftConfig,
+    ShapingConfig,
+)
+from models.rows import SharedPrompts
 
 
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise UserError(message)
+
+
+TaskName = Literal["arithmetic", "countdown", "stories", "gsm8k", "math", "code", "jsonl"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,15 +78,15 @@ class ModelOptions:
     """Compute dtype; parameters and optimizer state on the learner are float32."""
     remat: Literal["none", "block"] = "none"
     """What backward recomputes: nothing, or each layer."""
+    attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
+    """Program of attention in training, scoring and prefill; auto: the fastest one measured on the device."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
     """What the policy learns to do."""
 
-    name: Literal["arithmetic", "countdown", "stories", "gsm8k", "math", "code", "jsonl"] = (
-        "arithmetic"
-    )
+    name: TaskName = "arithmetic"
     """arithmetic: sums; countdown: reach a target; stories: story openings; gsm8k, math, code: those data
     sets or files in their form; jsonl: any file of prompts and answers."""
     digits: int = 2
@@ -95,8 +108,8 @@ class TaskConfig:
     max_chars: int = 0
     """Leave out problems whose prompt or worked solution is longer [characters]; 0: none."""
     verifier: str | None = None
-    """exact, math, code, or your own function (my_rewards.py:score, package.module:score); None: the task's
-    own, for jsonl exact."""
+    """exact, math, code, similarity, or your own function (my_rewards.py:score, package.module:score); None:
+    the task's own, for jsonl exact."""
     code_wall_s: float = 10.0
     """code: longest run of a program on one test [s]."""
     code_adaptive: bool = False
@@ -105,6 +118,8 @@ class TaskConfig:
     """Most problems in the train split (a task may have fewer)."""
     num_eval: int = 256
     """Most problems in the validation split, and as many again in the test split."""
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    """From the verdict to the reward."""
     reward_workers: int = 1
     """Verifier processes; 0 verifies in the rollout thread."""
     reward_timeout_s: float = 15.0
@@ -136,29 +151,14 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SftConfig:
-    """Supervised cold start on the task's worked solutions, before reinforcement learning."""
-
-    steps: int = 0
-    """Most optimizer steps; 0 skips the cold start."""
-    stop_at_pass: float = 1.0
-    """Stop early once sampled held-out pass@1 reaches this (checked every `check_every` steps)."""
-    check_every: int = 25
-    """Steps between those checks."""
-    sequences_per_step: int = 256
-    """Worked solutions in each optimizer step."""
-    learning_rate: float = 1e-3
-    """Peak AdamW learning rate."""
-    warmup_steps: int = 20
-    """Linear warm-up."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The optimizer and the length of the run."""
 
     steps: int = 100
     """Optimizer steps of reinforcement learning."""
+    max_generated_tokens: int = 0
+    """End with the step at which the run has generated so many completion tokens, those of discarded
+    groups, votes and probes among them; 0: no such limit."""
     learning_rate: float = 1e-6
     """Peak AdamW learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -177,12 +177,24 @@ class TrainConfig:
     """Gradient norm at which the gradient is scaled down; 0 switches clipping off."""
     row_tokens: int = 64
     """T, length of a packed row [tokens]; no sequence may be longer."""
+    shared_prompt_tokens: int = 0
+    """Positions at the start of a row for prompts, each of which the samples behind it share, exactly and with
+    fewer tokens to compute; at least rollout.max_prompt_tokens - 1. 0: each sample brings its own prompt."""
+    row_parts: int = 1
+    """With shared prompts: equal parts of the rest of a row, which attend to the prompts and themselves."""
     rows_per_microbatch: int = 64
     """Packed rows in one forward and backward; the token budget is rows_per_microbatch * row_tokens."""
     logprob_chunk_tokens: int = 4096
     """Tokens whose logits exist at once, so that memory does not grow with tokens * vocabulary."""
     max_nonfinite_steps: int = 3
     """Stop after this many steps in a row with a non-finite gradient; each one is skipped and counted."""
+
+    @property
+    def shared_prompts(self) -> SharedPrompts | None:
+        """How rows are divided; None: samples bring their own prompts."""
+        if not self.shared_prompt_tokens:
+            return None
+        return SharedPrompts(prompt_tokens=self.shared_prompt_tokens, parts=self.row_parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,12 +221,23 @@ class RolloutConfig:
     """Most optimizer steps between the oldest token of a sample and the weights it trains; 0 is synchronous."""
     kv_on_swap: Literal["keep", "recompute"] = "keep"
     """What happens to cached keys and values of unfinished samples when the weights change."""
+    attention: Literal["auto", "blocks", "xla", "cudnn", "pallas"] = "auto"
+    """Program of attention in decoding; blocks: products over key blocks, for a CPU; auto: as in model."""
+    cache_dtype: Literal["auto", "bfloat16", "float32", "int8", "float8_e4m3"] = "auto"
+    """Type of cached keys and values; auto: model.dtype. 8 bits stand beside a scale per head and token."""
+
+    def stored_dtype(self, compute: str) -> str:
+        """Type of cached keys and values where the model computes in `compute`."""
+        return compute if self.cache_dtype == "auto" else self.cache_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshConfig:
     """Which devices do what. Learner axes: data, fsdp, tensor. Rollout axes: data, tensor."""
 
+    auto: bool = False
+    """Also `--mesh auto` or `mesh: auto`: roofline.plan chooses the sizes below for the devices there are, and
+    rollout.slots and train.rows_per_microbatch with them."""
     colocated: bool = False
     """Rollout and learner share the learner's devices instead of owning disjoint ones."""
     learner_data: int = 1
@@ -284,33 +307,16 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions)
     task: TaskConfig = field(default_factory=TaskConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        filtered = self.rollout.top_p < 1 or self.rollout.top_k > 0
-        _check(
-            not filtered or self.grpo.ratio_from == "learner",
-            f"rollout.top_p={self.rollout.top_p} and rollout.top_k={self.rollout.top_k} renormalise what "
-            "is sampled from, which the learner does not, so a ratio to the sampler would be wrong; set "
-            "grpo.ratio_from=learner, or top_p=1 and top_k=0",
-        )
-        _check(
-            self.rollout.temperature > 0,
-            f"rollout.temperature={self.rollout.temperature} must be positive: greedy samples of a group "
-            "are all alike; usual: 1",
-        )
-        _check(
-            0 < self.rollout.refill_cost_steps <= 1000,
-            f"rollout.refill_cost_steps={self.rollout.refill_cost_steps} must lie in (0, 1000]; usual: 0.5",
-        )
-        longest = self.rollout.max_prompt_tokens + self.rollout.max_new_tokens
-        _check(
-            self.train.row_tokens >= longest,
-            f"train.row_tokens={self.train.row_tokens} is shorter than rollout.max_prompt_tokens + "
-            f"rollout.max_new_tokens = {longest}; set train.row_tokens to at least {longest}",
-        )
+        check_ranges(self)
+        check_consistency(self)

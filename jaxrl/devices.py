@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -19,7 +24,32 @@ _MALLOC_OPTIONS = (
     (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
     (-8, 1),  # M_ARENA_MAX: one heap, since only the first may grow without limit
 )
+MOST_DEVICES = 256
+"""No node has more accelerators, and a CPU that poses as more takes minutes and gigabytes to start."""
+_CUDA = ("gpu", "cuda")
+_DECODE_ON_CUDA = {
+    "xla_gpu_enable_command_buffer": (
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"
+    ),
+}
+"""XLA's default list (docs: debug_options_flags.cc of openxla/xla) with loops and conditionals."""
+_TRAIN_ON_CUDA = {
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_enable_pipelined_all_gather": True,
+}
+"""docs.nvidia.com/jax-toolbox, performance-profiling/gpu-performance."""
+_VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def prefer_wide_vectors() -> None:
+    """Let XLA compile for all 512 bits of a CPU's vectors, where it has them and nobody said otherwise.
+
+    Its own choice is 256 bits (benchmarks/LOG.md). Call before jax starts; without effect on accelerators.
+    """
+    flags, processor = os.environ.get("XLA_FLAGS", ""), Path("/proc/cpuinfo")
+    if _VECTOR_FLAG not in flags and processor.exists() and " avx512f " in processor.read_text():
+        os.environ["XLA_FLAGS"] = f"{flags} {_VECTOR_FLAG}=512"
 
 
 def simulate_cpu_devices(count: int) -> None:
@@ -27,7 +57,14 @@ def simulate_cpu_devices(count: int) -> None:
 
     Collectives of several simulated devices starve on jax 0.10 when there are fewer threads than
     waiting programs, hence PJRT_NPROC.
+
+    Raises:
+        UserError: more than one process can drive.
     """
+    if count > MOST_DEVICES:
+        raise UserError(
+            f"the mesh.* sizes ask for {count} devices; one process drives at most {MOST_DEVICES}"
+        )
     if _HOST_COUNT_FLAG in os.environ.get("XLA_FLAGS", ""):
         return
     if count > 2:
@@ -55,17 +92,49 @@ def keep_freed_memory() -> None:
         glibc.mallopt(option, value)
 
 
-def make_meshes(mesh: MeshConfig) -> tuple[Mesh, Mesh]:
-    """(learner mesh, rollout mesh) over the first devices of this process.
+def decode_options(device: Any) -> dict[str, Any]:
+    """Compiler options of the decode loop on `device`: the loop itself goes into the CUDA graph, so that no
+    step waits for the host to read its condition. None on other platforms."""
+    return accepted(_DECODE_ON_CUDA) if device.platform in _CUDA else {}
+
+
+def train_options(device: Any) -> dict[str, Any]:
+    """Compiler options of the learner's programs on `device`: collectives overlap with compute."""
+    return accepted(_TRAIN_ON_CUDA) if device.platform in _CUDA else {}
+
+
+def accepted(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the XLA options that this jaxlib knows; the others are named on standard error.
+
+    In XLA_FLAGS an unknown option ends the process; as an option of one program it raises.
+    """
+    return {name: value for name, value in options.items() if _is_accepted(name, value)}
+
+
+@cache
+def _is_accepted(name: str, value: Any) -> bool:
+    program = jax.jit(lambda x: x, compiler_options={name: value})
+    try:
+        program.lower(jax.ShapeDtypeStruct((), "float32")).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        print(f"XLA option {name}={value} is left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def make_meshes(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
+    """(learner mesh, rollout mesh) over the first of `devices`; None: those of this process.
 
     Raises:
         UserError: there are fewer devices than the configuration asks for.
     """
-    devices = jax.local_devices()
+    devices = jax.local_devices() if devices is None else devices
     if len(devices) < mesh.devices:
         raise UserError(
             f"the meshes need {mesh.devices} devices (learner {mesh.learner_devices}, rollout "
-            f"{mesh.rollout_devices}, mesh.colocated={mesh.colocated}), but this process has "
+            f"{mesh.rollout_devices}, mesh.colocated={mesh.colocated}), but there are "
             f"{len(devices)} ({devices[0].platform}); shrink the mesh.* sizes to at most {len(devices)} "
             "together, or set mesh.colocated=true"
         )

@@ -16,20 +16,22 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from jax.sharding import Mesh
 from rich.table import Table
 
 from jaxrl import build
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import load_config, resolve_config, user_errors
-from jaxrl.config import Config
+from jaxrl.config import Config, TaskName
 from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, simulate_cpu_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluation
 from jaxrl.observe import Observer
-from jaxrl.policy import first_policy
+from jaxrl.policy import first_policy, with_adapter
 from jaxrl.start import existing_checkpoints
 from jaxrl.telemetry.progress import make_console
 from jaxrl.types import Finish
+from models.decoder import Policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,7 @@ class EvaluateArgs:
     """With --run: the step to load. Without: a folder with config.json and safetensors, as model.path."""
     config: str | None = None
     """Task and sampling settings when there is no --run: a YAML file or a name from configs/."""
-    task: str | None = None
+    task: TaskName | None = None
     """Another task than the configuration's, by name."""
     split: Literal["train", "validation", "test"] = "test"
     """Which problems."""
@@ -67,7 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with user_errors(debug="--debug" in argv):
         args = tyro.cli(EvaluateArgs, args=list(argv), prog="python -m jaxrl.evaluate")
-        config = _config(args)
+        config = config_of(args)
+        if args.problems < 1 or args.samples < 1:
+            raise UserError(
+                f"--problems={args.problems} and --samples={args.samples} must be at least 1"
+            )
         samples = 1 if args.greedy else args.samples
         ks = tuple(k for k in sorted(set(args.k)) if k <= samples) if args.greedy else args.k
         if max(ks) > samples or min(ks) < 1:
@@ -77,8 +83,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print(result, ks)
         out = args.out or (args.run / "evaluation.json" if args.run else None)
         if out is not None:
-            out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            _write(result, out)
             print(f"written to {out}")
+
+
+def _write(result: dict[str, object], out: Path) -> None:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); name another file with --out=FILE"
+        ) from error
 
 
 def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
@@ -88,22 +104,30 @@ def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
     subject = build.make_subject(config)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
     keep_freed_memory()
-    policy = first_policy(config.model, subject.model, learner_mesh, config.run.seed)
+    step, policy = load_weights(config, args, subject, learner_mesh)
     with ExitStack() as stack:
-        step = 0
-        if args.run is not None:
-            learner = build.make_learner(config, subject.model, learner_mesh, policy, Observer())
-            checkpoints = stack.enter_context(
-                closing(Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep))
-            )
-            step = _step(args, checkpoints)
-            policy = checkpoints.restore_state(step, learner.state).policy
         rewards = stack.enter_context(build.make_rewards(config))
         build.await_verifiers(config, rewards)
         store = build.make_store(config, subject.model, learner_mesh, rollout_mesh)
         evaluator = build.make_evaluator(config, subject, rollout_mesh, rewards)
         problems = subject.task.problems(args.split)[: args.problems]
         return evaluator.run(store.publish(step, policy), problems, samples)
+
+
+def load_weights(
+    config: Config, args: EvaluateArgs, subject: build.Subject, mesh: Mesh
+) -> tuple[int, Policy]:
+    """(optimizer step, weights) that `args` names: of the run's checkpoint, or those of model.path."""
+    base = first_policy(config.model, subject.model, mesh, config.run.seed)
+    policy = with_adapter(base, mesh, config.run.seed)
+    if args.run is None:
+        return 0, policy
+    learner = build.make_learner(config, subject.model, mesh, policy, Observer())
+    checkpoints = Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)
+    with closing(checkpoints):
+        step = _step(args, checkpoints)
+        learner.restore(checkpoints, step)
+        return step, learner.policy
 
 
 def to_json(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, object]:
@@ -124,7 +148,7 @@ def to_json(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, object]:
     }
 
 
-def _config(args: EvaluateArgs) -> Config:
+def config_of(args: EvaluateArgs) -> Config:
     """The run's configuration, or the named one with the checkpoint folder as model.path."""
     if args.run is not None:
         existing_checkpoints(args.run)
@@ -144,7 +168,7 @@ def _config(args: EvaluateArgs) -> Config:
             config, eval=dataclasses.replace(config.eval, temperature=temperature)
         )
     if args.task is not None:
-        task = dataclasses.replace(config.task, name=args.task)  # type: ignore[arg-type]
+        task = dataclasses.replace(config.task, name=args.task)
         config = dataclasses.replace(config, task=task)
     return config
 

@@ -113,7 +113,15 @@ class Evaluator:
 
     def _submit(self, problem: Problem, row: Sequence[Completion]) -> Future[list[Reward]]:
         return self._rewards.submit_many(
-            [(problem, completion_text(self._tokenizer, c), c.finish is Finish.STOP) for c in row]
+            [
+                (
+                    problem,
+                    completion_text(self._tokenizer, c),
+                    c.finish is Finish.STOP,
+                    len(c.tokens),
+                )
+                for c in row
+            ]
         )
 
     def _rollouts(

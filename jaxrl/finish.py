@@ -25,26 +25,33 @@ from roofline.phases import Phase
 
 def finish(
     config: Config, subject: Subject, folder: RunFolder, learner: Learner, store: WeightStore,
-    evaluator: Evaluator, record: RunRecord, telemetry: RunTelemetry, hardware: Hardware,
+    evaluator: Evaluator, record: RunRecord, telemetry: RunTelemetry, hardware: Hardware, *,
+    completed: bool,
 ) -> None:  # fmt: skip
-    """Evaluate the last weights on the test split; write and print the summary and the report."""
+    """Evaluate the last weights on the test split; write and print the summary and the report.
+
+    A run that is not `completed` is to go on later, and is not evaluated.
+    """
     began = time.perf_counter()
-    _, problems = held_out(config, subject)
-    with telemetry.observer.phase(Phase.EVAL):
-        snapshot = store.publish(record.step, learner.state.policy)
-        evaluation = evaluator.run(snapshot, problems, config.eval.final_samples)
-    after = evaluation.metrics("test")
-    telemetry.curves(record.step, after)
-    telemetry.progress.note(f"after:  {describe(evaluation)}")
+    after: dict[str, float] = {}
+    if completed:
+        _, problems = held_out(config, subject)
+        with telemetry.observer.phase(Phase.EVAL):
+            snapshot = store.publish(record.step, learner.policy)
+            evaluation = evaluator.run(snapshot, problems, config.eval.final_samples)
+        after = evaluation.metrics("test")
+        telemetry.curves(record.step, after)
+        telemetry.progress.note(f"after:  {describe(evaluation)}")
     telemetry.close()
     record.wall_s += time.perf_counter() - began
+    step_s = sum(line["time/step_s"] for line in read_records(folder.metrics))
     summary = Summary(
         pass_at_1_before=record.before.get("test/pass_at_1"),
-        pass_at_1_after=after["test/pass_at_1"],
+        pass_at_1_after=after.get("test/pass_at_1"),
         pass_at_8_before=record.before.get("test/pass_at_8"),
         pass_at_8_after=after.get("test/pass_at_8"),
         wall_s=record.wall_s,
-        samples_per_s=record.samples / record.wall_s,
+        samples_per_s=record.samples / step_s if step_s else 0.0,
         steps=record.step,
         staleness_histogram=record.staleness,
         phases=summarise_phases(read_records(folder.spans), hardware),

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jaxrl.telemetry.spans import Lane, SpanRecorder
 from models.config import ModelConfig
+from models.rows import SharedPrompts
 from roofline import cost
 from roofline.kernels import Layout
 from roofline.phases import Phase, PhaseCost, PhaseTime
@@ -29,6 +30,7 @@ class Shapes:
     num_slots: int
     row_tokens: int
     rows_per_microbatch: int
+    shared: SharedPrompts | None = None
     chunk_tokens: int
     remat: Literal["none", "block"]
     colocated: bool
@@ -45,15 +47,16 @@ class Shapes:
         """Forward of the reference over all micro-batches."""
         rows, tokens = self.rows_per_microbatch, self.row_tokens
         return cost.reference(
-            self.model, self.learner, tokens, rows, microbatches, self.chunk_tokens
+            self.model, self.learner, tokens, rows, microbatches, self.chunk_tokens, self.shared
         )
 
     def train(self, microbatches: int) -> PhaseCost:
         """Forward and backward over all micro-batches."""
         rows, tokens = self.rows_per_microbatch, self.row_tokens
         return cost.train(
-            self.model, self.learner, tokens, rows, microbatches, self.remat, self.chunk_tokens
-        )
+            self.model, self.learner, tokens, rows, microbatches, self.remat, self.chunk_tokens,
+            self.shared,
+        )  # fmt: skip
 
     def optimizer(self) -> PhaseCost:
         """One AdamW step."""
@@ -119,22 +122,25 @@ class Observer:
         """Weights to the rollout devices."""
         return self._observe(Phase.PUBLISH, "learner", lambda s, _: s.publish(), version=version)
 
-    def phase(self, phase: Phase) -> Observed:
-        """A phase of the learner's thread without a cost: wait_batch, eval, checkpoint."""
-        return self._observe(phase, "learner", lambda _shapes, _work: None)
+    def phase(self, phase: Phase, *, step: int | None = None) -> Observed:
+        """A phase of the learner's thread without a cost: wait_batch, eval, checkpoint.
+
+        step: the optimizer step that it belongs to; None: the one under way.
+        """
+        return self._observe(phase, "learner", lambda _shapes, _work: None, step=step)
 
     # ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _observe(
         self, phase: Phase, lane: Lane, cost_of: Callable[[Shapes, Work], PhaseCost | None], *,
-        version: int | None = None,
+        version: int | None = None, step: int | None = None,
     ) -> Iterator[Work]:  # fmt: skip
         work: Work = {}
         if self._recorder is None or self._shapes is None:
             yield work
             return
-        with self._recorder.span(phase, lane, version=version) as span:
+        with self._recorder.span(phase, lane, version=version, step=step) as span:
             yield work
             span.work = work
             if work.get("compiled"):

@@ -1,6 +1,6 @@
 """From rollouts and solutions to packed micro-batches of constant shape, on the host.
 
-Rows are filled first-fit-decreasing; the result depends on nothing but the arguments. R rows,
+Where tokens go is `jaxrl.row_layout`'s to say; the result depends on nothing but the arguments. R rows,
 T tokens (of a row or a sequence), P prompts, G samples per prompt, N sequences.
 """
 
@@ -18,7 +18,9 @@ from jaxrl.algorithms.rewards import correctness, shaped_rewards, without_signal
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
+from jaxrl.row_layout import Layout, lay_out
 from jaxrl.types import Finish, RolloutGroup
+from models.rows import SharedPrompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,73 +61,24 @@ class PackingStats:
     """Those trained on."""
 
 
-def _first_fit_decreasing(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each sequence [N], and the order of placement [N]: longest first, ties by position."""
-    order = np.argsort(-lengths, kind="stable")
-    free = np.full(len(lengths), row_tokens, dtype=np.int64)
-    rows = np.zeros(len(lengths), dtype=np.int64)
-    opened = 1
-    for n in order:
-        fits = free[:opened] >= lengths[n]
-        row = int(fits.argmax())
-        if not fits[row]:
-            row = opened
-            opened += 1
-        rows[n] = row
-        free[row] -= lengths[n]
-    return rows, order
-
-
-def _checked_lengths(sequences: Sequence[TrainSequence], row_tokens: int) -> np.ndarray:
-    """[N] tokens of each sequence; raises on what cannot be packed or trained on."""
-    lengths = np.array([len(s.tokens) for s in sequences], dtype=np.int64)
-    longest = int(lengths.max())
-    if longest > row_tokens:
-        raise UserError(
-            f"a training sequence has {longest} tokens, but train.row_tokens={row_tokens}; set "
-            f"train.row_tokens to at least {longest}, or shorten rollout.max_prompt_tokens or "
-            "rollout.max_new_tokens"
-        )
+def _layout(
+    sequences: Sequence[TrainSequence], row_tokens: int, shared: SharedPrompts | None
+) -> Layout:
+    """Raises UserError on what cannot be packed or trained on."""
     unpredicted = [n for n, s in enumerate(sequences) if not len(s.tokens) or s.loss_mask[0]]
     if unpredicted:
         raise UserError(
             f"training sequences {unpredicted[:5]} have an empty prompt, so that no input predicts "
             "their first token; give each prompt at least one token, for instance a BOS token"
         )
-    return lengths
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Layout:
-    """Where the tokens of all sequences go. M tokens in all, in the order of the rows."""
-
-    sequence_order: np.ndarray  # [N] sequences row by row, in order of placement
-    spots: np.ndarray  # [M] index into the flattened rows
-    segments: np.ndarray  # [M] from 1 within the row
-    positions: np.ndarray  # [M] from 0 within the sequence
-    num_rows: int
-
-
-def _lay_out(lengths: np.ndarray, row_tokens: int) -> _Layout:
-    row_of, order = _first_fit_decreasing(lengths, row_tokens)
-    by_row = order[np.argsort(row_of[order], kind="stable")]
-    placed, rows = lengths[by_row], row_of[by_row]
-    starts = np.cumsum(placed) - placed
-    first_of_row = np.searchsorted(rows, rows)
-    positions = np.arange(int(placed.sum())) - np.repeat(starts, placed)
-    within_row = starts - starts[first_of_row]
-    return _Layout(
-        sequence_order=by_row,
-        spots=np.repeat(rows * row_tokens + within_row, placed) + positions,
-        segments=np.repeat(np.arange(len(rows)) - first_of_row + 1, placed),
-        positions=positions,
-        num_rows=int(rows[-1]) + 1,
-    )
+    prompts = [int(s.loss_mask.argmax()) or len(s.tokens) for s in sequences]
+    return lay_out([s.tokens for s in sequences], np.array(prompts), row_tokens, shared)
 
 
 def pack(
-    sequences: Sequence[TrainSequence], *, row_tokens: int, rows_per_microbatch: int
-) -> tuple[list[Batch], PackingStats]:
+    sequences: Sequence[TrainSequence], *, row_tokens: int, rows_per_microbatch: int,
+    shared: SharedPrompts | None = None,
+) -> tuple[list[Batch], PackingStats]:  # fmt: skip
     """Packs sequences into rows and rows into micro-batches, the last one filled with empty rows.
 
     Per-token fields move from the token they speak of to the position that predicts it.
@@ -134,6 +87,7 @@ def pack(
         sequences: N sequences, each at most row_tokens long; their token_weights are final.
         row_tokens: T.
         rows_per_microbatch: R.
+        shared: how rows are divided where sequences share their prompts; None: they do not.
 
     Returns:
         (micro-batches of numpy arrays [R, T], statistics); no micro-batch without sequences.
@@ -143,7 +97,7 @@ def pack(
     """
     if not sequences:
         return [], PackingStats(padding_ratio=0.0, rows=0, microbatches=0, tokens=0, loss_tokens=0)
-    layout = _lay_out(_checked_lengths(sequences, row_tokens), row_tokens)
+    layout = _layout(sequences, row_tokens, shared)
     num_microbatches = -(-layout.num_rows // rows_per_microbatch)
     arrays = _fields(sequences, layout, (num_microbatches, rows_per_microbatch, row_tokens))
     batches = [
@@ -160,10 +114,9 @@ def pack(
 
 
 def _fields(
-    sequences: Sequence[TrainSequence], layout: _Layout, shape: tuple[int, int, int]
+    sequences: Sequence[TrainSequence], layout: Layout, shape: tuple[int, int, int]
 ) -> dict[str, np.ndarray]:
     """The fields of Batch for all micro-batches, each of the given shape."""
-    predicted = layout.positions > 0
 
     def lay(values: np.ndarray, spots: np.ndarray, dtype: DTypeLike) -> np.ndarray:
         flat = np.zeros(shape[0] * shape[1] * shape[2], dtype=dtype)
@@ -171,52 +124,54 @@ def _fields(
         return flat.reshape(shape)
 
     def join(name: str) -> np.ndarray:
-        return np.concatenate([getattr(sequences[n], name) for n in layout.sequence_order])
+        return np.concatenate([getattr(sequences[n], name) for n in layout.order])
+
+    def of_input(values: np.ndarray) -> np.ndarray:
+        return lay(values, layout.spots, np.int32)
 
     def of_target(values: np.ndarray, dtype: DTypeLike) -> np.ndarray:
-        return lay(values[predicted], layout.spots[predicted] - 1, dtype)
+        return lay(values[layout.target_sources], layout.target_spots, dtype)
 
     tokens = join("tokens")
-    return {
-        "tokens": lay(tokens, layout.spots, np.int32),
-        "segment_ids": lay(layout.segments, layout.spots, np.int32),
-        "positions": lay(layout.positions, layout.spots, np.int32),
+    fields = {
+        "tokens": of_input(tokens[layout.sources]),
+        "segment_ids": of_input(layout.segments),
+        "positions": of_input(layout.positions),
         "targets": of_target(tokens, np.int32),
         "loss_mask": of_target(join("loss_mask"), np.bool_),
         "token_weights": of_target(join("token_weights"), np.float32),
         "advantages": of_target(join("advantages"), np.float32),
         "sampler_logprobs": of_target(join("sampler_logprobs"), np.float32),
-    } | {
-        name: of_target(join(name), np.float32)
-        for name in _SCORES
-        if getattr(sequences[0], name) is not None
     }
+    if layout.prefixes is not None:
+        fields["prefix_ids"] = of_input(layout.prefixes)
+    scores = [name for name in _SCORES if getattr(sequences[0], name) is not None]
+    return fields | {name: of_target(join(name), np.float32) for name in scores}
 
 
 def unpack(
-    sequences: Sequence[TrainSequence], scores: Sequence[np.ndarray], *, row_tokens: int
-) -> list[np.ndarray]:
+    sequences: Sequence[TrainSequence], scores: Sequence[np.ndarray], *, row_tokens: int,
+    shared: SharedPrompts | None = None,
+) -> list[np.ndarray]:  # fmt: skip
     """What the positions of packed micro-batches say of each sequence's tokens: the inverse of `pack`.
 
     Args:
         sequences: N sequences as they were given to `pack`.
         scores: [R, T] float32 of each micro-batch, position t speaking of its target.
         row_tokens: as given to `pack`.
+        shared: as given to `pack`.
 
     Returns:
         N arrays [T] float32; entry t speaks of token t, and is 0 outside loss_mask.
     """
-    layout = _lay_out(_checked_lengths(sequences, row_tokens), row_tokens)
+    layout = _layout(sequences, row_tokens, shared)
     flat = np.concatenate([np.asarray(score, np.float32).ravel() for score in scores])
-    of_tokens = np.where(layout.positions > 0, flat[np.maximum(layout.spots - 1, 0)], 0.0)
-    parts: dict[int, np.ndarray] = {}
-    start = 0
-    for n in layout.sequence_order:
-        size = len(sequences[n].tokens)
-        values = of_tokens[start : start + size]
-        parts[n] = np.where(sequences[n].loss_mask, values, 0.0).astype(np.float32)
-        start += size
-    return [parts[n] for n in range(len(sequences))]
+    lengths = [len(sequences[n].tokens) for n in layout.order]
+    of_tokens = np.zeros(sum(lengths), np.float32)
+    of_tokens[layout.target_sources] = flat[layout.target_spots]
+    parts = np.split(of_tokens, np.cumsum(lengths)[:-1])
+    by_sequence = dict(zip(layout.order.tolist(), parts, strict=True))
+    return [np.where(s.loss_mask, by_sequence[n], np.float32(0)) for n, s in enumerate(sequences)]
 
 
 def groups_to_sequences(

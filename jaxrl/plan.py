@@ -5,19 +5,23 @@ Refuses what cannot work on the given devices, with the nearest sizes that can.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 
 from jaxrl.config import Config
 from jaxrl.errors import UserError
 from jaxrl.observe import Shapes
 from jaxrl.tokenizer import Tokenizer
 from models.config import ModelConfig
+from models.rows import samples_per_row
+from roofline import settings
 from roofline.hardware import Hardware
-from roofline.kernels import Layout
+from roofline.kernels import Layout, stored_in
+from roofline.lengths import lognormal
 from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
-from roofline.predict import StepComparison, compare_step, predict
+from roofline.splits import Job, Split, learner_times, rollout_times, spanning, split_of
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -37,8 +41,10 @@ class Plan:
     """Memory of one rollout device by name [bytes]."""
     phase_s: dict[Phase, float]
     """Predicted seconds per optimizer step, each phase alone."""
-    comparison: StepComparison
-    """Lockstep against overlapped."""
+    lockstep_s: float
+    """Predicted seconds of an optimizer step with staleness 0."""
+    overlapped_s: float
+    """The same with the lanes beside each other, within the run's staleness bound or 1."""
 
 
 def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
@@ -46,20 +52,24 @@ def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
     shapes = make_shapes(config, model)
     _check_divisible(config, shapes)
     samples = config.grpo.prompts_per_step * config.grpo.group_size
-    longest = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    rows = -(-samples // (config.train.row_tokens // longest))
+    held = samples_per_row(
+        config.train.row_tokens, config.train.shared_prompts, group=config.grpo.group_size,
+        prompt=config.rollout.max_prompt_tokens, completion=config.rollout.max_new_tokens,
+    )  # fmt: skip
+    rows = -(-samples // held)
     microbatches = -(-rows // config.train.rows_per_microbatch)
     learner, rollout = _memory(config, shapes)
     _check_memory(config, hardware, learner, rollout)
-    phase_s = _phase_seconds(config, shapes, hardware, samples, microbatches)
+    lockstep, overlapped = _splits(config, shapes, hardware)
     return Plan(
         shapes=shapes,
         samples=samples,
         microbatches=microbatches,
         learner_bytes=learner,
         rollout_bytes=rollout,
-        phase_s=phase_s,
-        comparison=compare_step(phase_s, hardware, waiting_s=_waiting(config)),
+        phase_s=lockstep.phase_s | _waiting(config),
+        lockstep_s=lockstep.step_s,
+        overlapped_s=overlapped.step_s,
     )
 
 
@@ -70,15 +80,17 @@ def make_shapes(config: Config, model: ModelConfig) -> Shapes:
         model=model,
         learner=Layout(
             data=mesh.learner_data, fsdp=mesh.learner_fsdp, tensor=mesh.learner_tensor,
-            compute_dtype=dtype, param_dtype="float32", kv_dtype=dtype,
+            compute_dtype=dtype, param_dtype=dtype if model.lora else "float32", kv_dtype=dtype,
         ),
         rollout=Layout(
             data=mesh.rollout_data, tensor=mesh.rollout_tensor,
-            compute_dtype=dtype, param_dtype=dtype, kv_dtype=dtype,
+            compute_dtype=dtype, param_dtype=dtype,
+            **stored_in(config.rollout.stored_dtype(dtype)),
         ),
         num_slots=config.rollout.slots,
         chunk_tokens=config.train.logprob_chunk_tokens,
         row_tokens=config.train.row_tokens,
+        shared=config.train.shared_prompts,
         rows_per_microbatch=config.train.rows_per_microbatch,
         remat=config.model.remat,
         colocated=mesh.colocated,
@@ -87,18 +99,8 @@ def make_shapes(config: Config, model: ModelConfig) -> Shapes:
 
 def workload_of(config: Config) -> Workload:
     """The shapes at which calibration measures this run's phases."""
-    rollout, train = config.rollout, config.train
-    return Workload(
-        slots=rollout.slots,
-        kv_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
-        chunk_steps=rollout.chunk_steps,
-        rows=train.rows_per_microbatch,
-        row_tokens=train.row_tokens,
-        chunk_tokens=train.logprob_chunk_tokens,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        reference=config.grpo.scoring_passes > 0,
-    )
+    shapes = settings.workload_of(settings.settings_from(asdict(config)))
+    return replace(shapes, mesh=_devices(config))
 
 
 def plan_rows(
@@ -137,26 +139,66 @@ def plan_rows(
         ("learner memory", _size(plan.learner_bytes), _parts(plan.learner_bytes)),
         ("rollout memory", _size(plan.rollout_bytes), _parts(plan.rollout_bytes)),
         ("hardware", _known(hardware), hardware.name),
+        *_warned(hardware),
     ]
     rows += [
-        (
-            f"predicted {phase}",
-            f"{1e3 * seconds:.1f} ms",
-            "per step, alone, completions at their limit",
-        )
+        (f"predicted {phase}", f"{1e3 * seconds:.1f} ms", _beside(phase, seconds, hardware))
         for phase, seconds in plan.phase_s.items()
     ]
-    best = plan.comparison
-    if best.winner == "async":
-        verdict = f"overlap of the lanes predicts {best.speedup:.2f}x over lockstep"
+    gain = plan.lockstep_s / plan.overlapped_s
+    if gain > 1:
+        verdict = f"overlap of the lanes predicts {gain:.2f}x over lockstep"
     else:
         verdict = "no gain from overlap: the lanes share what binds them"
-    rows.append(("predicted step", f"{1e3 * min(best.sync_s, best.async_s):.0f} ms", verdict))
+    step_s = plan.overlapped_s if rollout.max_staleness else plan.lockstep_s
+    rows.append(
+        (
+            "predicted step",
+            f"{1e3 * step_s:.0f} ms",
+            f"completions at their limit, no group dropped; {verdict}",
+        )
+    )
     return rows
 
 
+def _beside(phase: Phase, seconds: float, hardware: Hardware) -> str:
+    """What the predicted seconds of a phase are, and what the other lane makes of them."""
+    alone = "per step, alone"
+    slower = hardware.contention_of(phase)
+    if slower == 1 or phase is Phase.REWARD:
+        return alone
+    return f"{alone}; {1e3 * slower * seconds:.1f} ms while the other lane computes all along"
+
+
 def _known(hardware: Hardware) -> str:
-    return f"calibrated {hardware.date}" if hardware.calibrated else "datasheet"
+    if not hardware.calibrated:
+        return "datasheet"
+    return f"calibrated {_ago(hardware.date, datetime.now().astimezone())}"
+
+
+def _ago(date: str, now: datetime) -> str:
+    """How long before `now` the ISO date, with a time zone, was; a day without a time as it stands."""
+    if len(date) <= len("2026-01-31"):
+        return date
+    minutes = (now - datetime.fromisoformat(date)).total_seconds() / 60
+    if minutes < 2:
+        return "just now"
+    hours = minutes / 60
+    return (
+        f"{minutes:.0f} minutes ago"
+        if hours < 2
+        else f"{hours:.0f} hours ago"
+        if hours < 48
+        else f"{hours / 24:.0f} days ago"
+    )
+
+
+def _warned(hardware: Hardware) -> list[tuple[str, str, str]]:
+    """A row that says what spoilt the calibration, if anything did."""
+    if not hardware.disturbance:
+        return []
+    remedy = "predicted times may be too long; not kept, the next start measures again"
+    return [("calibration", "DISTURBED", f"{hardware.disturbance}: {remedy}")]
 
 
 def _devices(config: Config) -> str:
@@ -204,7 +246,7 @@ def _check_divisible(config: Config, shapes: Shapes) -> None:
 
 
 def _waiting(config: Config) -> dict[Phase, float]:
-    """Seconds per step in which a phase holds no core."""
+    """Seconds per step that the verifiers take."""
     latency_s = _reward_latency_s(config)
     return {Phase.REWARD: latency_s} if latency_s else {}
 
@@ -230,7 +272,7 @@ def _memory(config: Config, shapes: Shapes) -> tuple[dict[str, int], dict[str, i
     )  # fmt: skip
     parts = dict(learner)
     if config.grpo.uses_reference:
-        learner["reference"] = parts["parameters"]
+        learner["reference"] = parts["adapter" if "adapter" in parts else "parameters"]
     if config.grpo.advantage_baseline == "value" and config.grpo.critic_trunk == "separate":
         learner["critic"] = sum(parts[n] for n in ("parameters", "gradients", "optimizer"))
     rolls = memory_per_device(
@@ -257,31 +299,21 @@ def _check_memory(
             )
 
 
-def _phase_seconds(
-    config: Config, shapes: Shapes, hardware: Hardware, samples: int, microbatches: int
-) -> dict[Phase, float]:
-    rollout = config.rollout
-    longest = rollout.max_prompt_tokens + rollout.max_new_tokens
-    steps = -(-samples // rollout.slots) * rollout.max_new_tokens
-    chunks = -(-steps // rollout.chunk_steps)
-    costs = [
-        shapes.prefill(config.grpo.prompts_per_step, rollout.max_prompt_tokens, samples),
-        shapes.train(microbatches),
-        shapes.optimizer(),
-        shapes.publish(),
-    ]
-    if config.grpo.scoring_passes:
-        costs.append(shapes.reference(microbatches))
-    calls = {
-        Phase.TRAIN: config.grpo.epochs,
-        Phase.OPTIMIZER: config.grpo.updates_per_step,
-        Phase.REFERENCE: config.grpo.scoring_passes,
-    }
-    seconds = {
-        cost.phase: calls.get(cost.phase, 1) * predict(cost, hardware).expected_s for cost in costs
-    }
-    chunk = shapes.decode(longest, rollout.chunk_steps)
-    seconds[Phase.DECODE] = chunks * predict(chunk, hardware).expected_s
-    if config.task.reward_latency_s:
-        seconds[Phase.REWARD] = _reward_latency_s(config)
-    return {phase: seconds[phase] for phase in Phase if phase in seconds}
+def _splits(config: Config, shapes: Shapes, hardware: Hardware) -> tuple[Split, Split]:
+    """The configured split of the devices as `roofline.plan` predicts it, in lockstep and overlapped, with
+    every completion at its limit."""
+    limit = config.rollout.max_new_tokens
+    job = Job(
+        model=shapes.model, settings=settings.settings_from(asdict(config)),
+        lengths=lognormal(limit, 0, limit),
+    )  # fmt: skip
+    learner = learner_times(
+        job, spanning(hardware, shapes.learner.devices), shapes.learner,
+        config.train.rows_per_microbatch,
+    )  # fmt: skip
+    rollout = rollout_times(job, hardware, shapes.rollout, config.rollout.slots)
+    bound = max(1, config.rollout.max_staleness)
+    lockstep, overlapped = (
+        split_of(job, hardware, learner, rollout, n, colocated=shapes.colocated) for n in (0, bound)
+    )
+    return lockstep, overlapped

@@ -15,10 +15,14 @@ from jaxrl.errors import UserError
 from jaxrl.tasks import Task
 from jaxrl.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, Policy
 from models.hf import checkpoint_folder, describe_model, load_policy, read_config
-from models.sharding import init_sharded, policy_shardings
+from models.sharding import adapt, init_sharded, policy_shardings
 
+_ADAPTER_STREAM = 1
+"""Of the random streams below run.seed, the one that draws a fresh adapter."""
+THINKING = {"default": None, "on": True, "off": False}
+"""What a chat template is told for each model.thinking."""
 _SHAPE = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "qk_norm")
 
 
@@ -37,6 +41,24 @@ def resolve_model(
                 "model.chat=true needs a checkpoint with a chat template; set model.path"
             )
         return _from_scratch(options, task, max_positions)
+    config, tokenizer, folder = read_checkpoint(options)
+    if config.max_positions < max_positions:
+        raise UserError(
+            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {max_positions}, but the checkpoint "
+            f"{options.path} was made for {config.max_positions} positions; lower one of the two"
+        )
+    return config, _chatting(options, tokenizer, folder)
+
+
+def read_checkpoint(options: ModelOptions) -> tuple[ModelConfig, Tokenizer, Path]:
+    """Architecture, tokenizer and local folder of the checkpoint that model.path names.
+
+    Raises:
+        UserError: there is none, it cannot be used, it has fewer token ids than its tokenizer, or a
+            shape is given too.
+    """
+    if options.path is None:
+        raise UserError("model.path names no checkpoint; set it to a folder or a hub id")
     folder = model_folder(options.path)
     default = ModelOptions()
     given = [name for name in _SHAPE if getattr(options, name) != getattr(default, name)]
@@ -49,25 +71,19 @@ def resolve_model(
         config = read_config(folder)
     except (ValueError, OSError) as error:
         raise UserError(f"model.path={options.path}: {error}") from error
-    if config.max_positions < max_positions:
-        raise UserError(
-            f"rollout.max_prompt_tokens + rollout.max_new_tokens = {max_positions}, but the checkpoint "
-            f"{options.path} was made for {config.max_positions} positions; lower one of the two"
-        )
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"model.path={options.path} has embeddings for {config.vocab_size} tokens, but its tokenizer "
             f"has {tokenizer.vocab_size}; these files belong to different checkpoints"
         )
-    return config, _chatting(options, tokenizer, folder)
+    return config, tokenizer, folder
 
 
 def _chatting(options: ModelOptions, tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     """The tokenizer, for chats if the configuration wants them."""
     if options.chat:
-        thinking = {"default": None, "on": True, "off": False}[options.thinking]
-        template = load_chat_template(folder)
+        template, thinking = load_chat_template(folder), THINKING[options.thinking]
         return ChatTokenizer(tokenizer, template, system=options.system, thinking=thinking)
     for name in ("system", "thinking"):
         if getattr(options, name) != getattr(ModelOptions(), name):
@@ -117,18 +133,29 @@ def _from_scratch(
 
 
 def first_policy(options: ModelOptions, config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:
-    """Float32 weights on the learner mesh: the checkpoint's, or drawn from `seed`."""
+    """Weights on the learner mesh: the checkpoint's, or drawn from `seed`.
+
+    Float32; the frozen base of an adapter in the compute dtype.
+    """
+    dtype = jnp.dtype("float32" if config.lora is None else options.dtype)
     if options.path is None:
-        return init_sharded(config, jax.random.key(seed), mesh, jnp.float32)
+        return init_sharded(config, jax.random.key(seed), mesh, dtype)
     try:
         return load_policy(
             model_folder(options.path),
             config,
-            dtype=jnp.float32,
+            dtype=dtype,
             shardings=policy_shardings(config, mesh),
         )
     except (ValueError, OSError) as error:
         raise UserError(f"model.path={options.path}: {error}") from error
+
+
+def with_adapter(base: Decoder, mesh: Mesh, seed: int) -> Policy:
+    """`base`, or if its configuration says so, `base` frozen under a fresh adapter."""
+    if base.config.lora is None:
+        return base
+    return adapt(base, jax.random.fold_in(jax.random.key(seed), _ADAPTER_STREAM), mesh)
 
 
 def describe_policy(
@@ -137,6 +164,6 @@ def describe_policy(
     """Write into the run folder what its weights mean, so that `python -m models.hf export` needs
     nothing else."""
     source = None if options.path is None else model_folder(options.path)
-    folder = describe_model(config, run, source)
+    folder = describe_model(config, run, source, None if source is None else str(options.path))
     if isinstance(tokenizer, CharTokenizer):
         tokenizer.save(folder)

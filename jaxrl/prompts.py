@@ -36,6 +36,7 @@ class PromptStream:
                 "the stream of prompts got 0 problems; raise task.num_train to at least 1"
             )
         self._problems = problems
+        self._places = {problem.id: place for place, problem in enumerate(problems)}
         self._tokens = [encode_prompt(p, tokenizer, max_prompt_tokens, add_bos) for p in problems]
         self._fingerprint = stable_hash(f"{seed} {[problem.id for problem in problems]}")
         order = grain.MapDataset.source(range(len(problems))).seed(seed).shuffle().repeat()
@@ -54,6 +55,15 @@ class PromptStream:
     def at(self, index: int) -> Prompt:
         """The prompt at position `index`, whatever was drawn before."""
         return self._prompt(index, self._shuffled[index])
+
+    @property
+    def num_problems(self) -> int:
+        """Problems of one epoch."""
+        return len(self._problems)
+
+    def of_problem(self, problem: int, index: int) -> Prompt:
+        """The problem with the id `problem` as a prompt named `index`, whatever the order."""
+        return self._prompt(index, self._places[problem])
 
     def _prompt(self, index: int, at: int | None) -> Prompt:
         assert at is not None  # only filters, of which there are none, make gaps

@@ -20,11 +20,15 @@ class RunRecord:
     """Held-out curves before reinforcement learning."""
     samples: int = 0
     """Completions consumed by the learner."""
+    generated_tokens: int = 0
+    """Completion tokens sampled for the steps so far, whether trained on or not."""
+    curricula: dict[str, Any] = field(default_factory=dict)
+    """State of the curricula, empty before the first step."""
     nonfinite_steps: int = 0
     staleness: dict[int, int] = field(default_factory=dict)
     """Consumed samples by staleness of their oldest token."""
     wall_s: float = 0.0
-    """Time spent by all starts of the run up to this step [s]."""
+    """Time spent by all starts of the run up to this step, from their first weights on [s]."""
 
     def consume(self, groups: Sequence[RolloutGroup], version: int) -> list[int]:
         """Count the samples that weights `version` are about to learn from; returns their staleness."""

@@ -91,8 +91,8 @@ def open_run(config: Config, argv: Sequence[str] = ()) -> RunFolder:
     """Create the folder config.run.dir, or open it to resume the run that it holds.
 
     `argv` is kept in commands.txt. A resumed run may differ from the stored configuration in
-    checkpoint.*, eval.*, run.dir, run.report, task.reward_workers, and in train.steps where the
-    learning rate does not depend on it: what leaves the curve so far as it was.
+    checkpoint.*, eval.*, run.dir, run.report, task.reward_workers, and in train.steps and
+    train.max_generated_tokens where the learning rate does not depend on them: what leaves the curve so far as it was.
 
     Raises:
         UserError: another process writes the folder, it holds another run, or it cannot be written.
@@ -148,7 +148,10 @@ def _locked(path: Path) -> io.FileIO:
 
 def _check_same_run(stored: Config, wanted: Config) -> None:
     """Raise UserError, naming keys and both values, if resuming would change the curve so far."""
-    free = _FREE_KEYS + (("train.steps",) if wanted.train.schedule == "constant" else ())
+    constant = wanted.train.schedule == "constant"
+    free = _FREE_KEYS + (("train.steps", "train.max_generated_tokens") if constant else ())
+    if wanted.sft.path is not None and wanted.sft.schedule == "constant":
+        free += ("sft.steps",)
     differing = {
         key: values
         for key, values in config_difference(stored, wanted).items()

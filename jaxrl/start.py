@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl.build import Subject, held_out, make_learner
@@ -15,12 +19,15 @@ from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluation, Evaluator
 from jaxrl.learner.cold_start import cold_start
 from jaxrl.learner.learner import Learner
-from jaxrl.policy import first_policy
+from jaxrl.policy import first_policy, with_adapter
 from jaxrl.record import RunRecord
 from jaxrl.telemetry.run import RunTelemetry
 from jaxrl.types import Snapshot
 from jaxrl.weights import WeightStore
-from models.decoder import Decoder
+from models.decoder import Decoder, Policy
+from models.hf import described_lora
+from models.lora import adapter_table
+from models.sharding import adapter_shardings, merge_adapter
 from roofline.phases import Phase
 
 
@@ -43,8 +50,9 @@ class Starter:
         policy = first_policy(config.model, self.subject.model, self.mesh, config.run.seed)
         periodic, _ = held_out(config, self.subject)
         if config.run.fork_from is not None:
-            policy = fork(self._learner(policy), config.run.fork_from)
-        elif config.sft.steps:
+            policy = fork(policy, config.run.fork_from)
+        policy = with_adapter(policy, self.mesh, config.run.seed)
+        if config.run.fork_from is None and config.sft.steps:
             policy = cold_start(
                 config, self.subject, self.mesh, policy, self.store, self.evaluator, periodic,
                 self.telemetry.progress.note,
@@ -53,27 +61,32 @@ class Starter:
         if learner.needs_reference:
             learner.freeze_reference()
         record = RunRecord()
-        snapshot = self.store.publish(FIRST_STEP, learner.state.policy)
+        snapshot = self.store.publish(FIRST_STEP, learner.policy)
         record.before = self._evaluate(snapshot)
         record.wall_s = time.perf_counter() - began
-        self.checkpoints.save(FIRST_STEP, learner.state, record.to_json())
+        self.checkpoints.save(FIRST_STEP, learner.state, record.to_json(), learner.frozen)
         return learner, record
 
     def resume(self, step: int) -> tuple[Learner, RunRecord]:
         """The run as it was after optimizer step `step`. The reference is checkpoint 0."""
+        began = time.perf_counter()
         config = self.config
         policy = first_policy(config.model, self.subject.model, self.mesh, config.run.seed)
-        learner = self._learner(policy)
-        if learner.needs_reference:
-            learner.state = self.checkpoints.restore_state(FIRST_STEP, learner.state)
-            learner.freeze_reference()
-        learner.state = self.checkpoints.restore_state(step, learner.state)
-        record = RunRecord.from_json(self.checkpoints.restore_record(step))
+        learner = self._learner(with_adapter(policy, self.mesh, config.run.seed))
+        saved = self.checkpoints.restore_record(step)
+        if "kind" in saved:
+            raise UserError(
+                f"{config.run.dir} holds a run of jaxrl.{saved['kind']}; start this one in a folder of "
+                f"its own with --run.dir=ANOTHER_FOLDER --run.fork-from={config.run.dir}"
+            )
+        learner.restore(self.checkpoints, step, reference=True)
+        record = RunRecord.from_json(saved)
         learner.num_nonfinite_steps = record.nonfinite_steps
-        self.store.publish(step, learner.state.policy)
+        self.store.publish(step, learner.policy)
+        record.wall_s += time.perf_counter() - began
         return learner, record
 
-    def _learner(self, policy: Decoder) -> Learner:
+    def _learner(self, policy: Policy) -> Learner:
         return make_learner(
             self.config, self.subject.model, self.mesh, policy, self.telemetry.observer
         )
@@ -91,18 +104,31 @@ class Starter:
         return curves
 
 
-def fork(learner: Learner, folder: Path) -> Decoder:
-    """The weights of the newest checkpoint of another run. `learner` lends its shapes."""
-    checkpoints = Checkpoints(existing_checkpoints(folder), keep=1)
-    try:
+def fork(like: Decoder, folder: Path) -> Decoder:
+    """The weights of the newest checkpoint of another run, an adapter merged into them.
+
+    like: weights of the shapes, dtypes and shardings wanted.
+    """
+    with closing(Checkpoints(existing_checkpoints(folder), keep=1)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
             raise UserError(
                 f"run.fork_from={folder} has no checkpoint yet; give a run folder that has one"
             )
-        return checkpoints.restore_policy(step, learner.state.policy)
-    finally:
-        checkpoints.close()
+        lora = described_lora(folder)
+        if lora is None:
+            return checkpoints.restore_policy(step, like)
+        config = dataclasses.replace(like.config, lora=lora)
+        base, table = checkpoints.restore_frozen(like), adapter_table(config)
+        places = adapter_shardings(config, like.embedding.sharding.mesh)
+        adapter = checkpoints.restore_policy(
+            step,
+            {
+                name: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=places[name])
+                for name, p in table.items()
+            },
+        )
+        return merge_adapter(config, base, adapter)
 
 
 def existing_checkpoints(folder: Path) -> Path:

@@ -17,20 +17,32 @@ allows is under way. With max_staleness=0 the same program is the synchronous lo
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from jaxrl import build
+from jaxrl.auto_mesh import resolve, resolved_before
 from jaxrl.buffer import GroupBuffer
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import ParsedArgs, parse_args, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, simulate_cpu_devices
+from jaxrl.curricula import Curricula, make_curricula, make_rollout, plan_curricula
+from jaxrl.devices import (
+    keep_freed_memory,
+    make_meshes,
+    prefer_wide_vectors,
+    remember_programs,
+    simulate_cpu_devices,
+)
+from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
+from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.prepare import Rows, prepare
 from jaxrl.plan import make_plan, plan_rows, workload_of
@@ -44,6 +56,7 @@ from jaxrl.start import Starter, existing_checkpoints
 from jaxrl.telemetry.metrics import assert_share
 from jaxrl.telemetry.run import RunTelemetry
 from jaxrl.telemetry.tables import print_plan
+from jaxrl.trial import trial_spans
 from jaxrl.types import Problem, RolloutGroup, Snapshot
 from jaxrl.weights import WeightStore
 from models.hf import export_policy
@@ -64,15 +77,23 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
         print(listing())
         return
     config = parsed.config
+    _check_nothing_offline(config)
+    prefer_wide_vectors()
     simulate_cpu_devices(config.mesh.devices)
     remember_programs()
     subject = build.make_subject(config)
     stream = build.make_stream(config, subject)
-    learner_mesh, rollout_mesh = make_meshes(config.mesh)
     keep_freed_memory()
-    hardware = cached_or_calibrate(subject.model, workload=workload_of(config))
+    if config.mesh.auto:
+        config = _with_mesh(config, subject, again=parsed.recalibrate)
+    learner_mesh, rollout_mesh = make_meshes(config.mesh)
+    hardware = cached_or_calibrate(
+        replace(subject.model, lora=None), workload=workload_of(config), again=parsed.recalibrate,
+        lanes=partial(trial_spans, config, subject, (learner_mesh, rollout_mesh)),
+    )  # fmt: skip
     plan = make_plan(config, subject.model, hardware)
-    print_plan(plan_rows(config, plan, hardware, subject.tokenizer))
+    more_rows = plan_curricula(config, subject.model, hardware, plan)
+    print_plan(plan_rows(config, plan, hardware, subject.tokenizer) + more_rows)
     if config.run.fork_from is not None:
         existing_checkpoints(config.run.fork_from)
     if parsed.dry_run:
@@ -99,18 +120,48 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
         learner, record = starter.begin() if resumed_step is None else starter.resume(resumed_step)
         if only_cold_start:
             return
-        buffer = build.make_buffer(config, stream, version=record.step, state=record.buffer)
-        worker = build.make_worker(
-            config, subject, rollout_mesh, store, buffer, rewards, telemetry.observer
+        curricula = make_curricula(config, stream)
+        curricula.restore(record.curricula)
+        buffer = build.make_buffer(
+            config, curricula.edge or stream, version=record.step, state=record.buffer
+        )
+        worker = make_rollout(
+            config, subject, rollout_mesh, store, buffer, rewards, telemetry, curricula
         )
         loop = Loop(
             config=config, learner=learner, store=store, buffer=buffer, evaluator=evaluator,
             rewards=rewards, problems=build.held_out(config, subject)[0], checkpoints=checkpoints,
-            record=record, telemetry=telemetry, folder=folder.path,
+            record=record, telemetry=telemetry, folder=folder.path, curricula=curricula,
         )  # fmt: skip
-        with telemetry.watched(buffer), worker:
-            loop.run()
-        finish(config, subject, folder, learner, store, evaluator, record, telemetry, hardware)
+        with telemetry.watched(buffer), worker, stop_asked() as asked:
+            completed = loop.run(asked)
+        finish(
+            config, subject, folder, learner, store, evaluator, record, telemetry, hardware,
+            completed=completed,
+        )  # fmt: skip
+        if not completed:
+            raise KeyboardInterrupt
+
+
+def _with_mesh(config: Config, subject: build.Subject, *, again: bool) -> Config:
+    """The configuration on the split that roofline.plan chooses, or on that of the run it resumes."""
+    if (before := resolved_before(config)) is not None:
+        return before
+    model = replace(subject.model, lora=None)
+    hardware = cached_or_calibrate(model, workload=workload_of(config), again=again)
+    config, said = resolve(config, subject.model, hardware)
+    print("\n".join(said))
+    return config
+
+
+def _check_nothing_offline(config: Config) -> None:
+    """Raise UserError for files that another command trains on."""
+    for section, path in (("sft", config.sft.path), ("preference", config.preference.path)):
+        if path is not None and config.run.fork_from is None:
+            raise UserError(
+                f"{section}.path={path} is for `python -m jaxrl.{section}`; run that first, then this with "
+                f"--run.fork-from=ITS_RUN_FOLDER, or leave {section}.path out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,40 +179,66 @@ class Loop:
     record: RunRecord
     telemetry: RunTelemetry
     folder: Path
+    curricula: Curricula
 
-    def run(self) -> None:
-        """Optimizer steps until train.steps."""
+    def run(self, asked: threading.Event) -> bool:
+        """Optimizer steps until train.steps or the budget; False if `asked` ended it before."""
         last = self.config.train.steps
         began = time.perf_counter() - self.record.wall_s
+        if self.record.step >= last:
+            self.telemetry.progress.note(
+                f"{self.folder} has its {self.record.step} steps; raise --train.steps for more, or name "
+                "another --run.dir"
+            )
         for step in range(self.record.step + 1, last + 1):
+            if self._budget_spent():
+                break
             with self.telemetry.observer.phase(Phase.WAIT_BATCH):
-                groups, discarded = take_batch(
-                    self.buffer, self.config.grpo, self.config.rollout.max_new_tokens
-                )
+                limit = self.curricula.lengths.current.max_new_tokens
+                taken = take_batch(self.buffer, self.config.grpo, limit)
+            groups = taken.groups
             staleness = self.record.consume(groups, step - 1)
-            metrics = self._learn(groups, step)
-            metrics["filter/refilled_groups"] = float(len(discarded))
+            self.record.generated_tokens += taken.generated_tokens
+            metrics = self._learn(groups, step, limit) | taken.curves
+            metrics |= self.curricula.observe(taken.sampled, step)
+            metrics["perf/generated_tokens"] = float(self._generated_tokens)
             snapshot = self._publish(step)
             self.buffer.release(step)
             self.record.step, self.record.buffer = step, self.buffer.state()
-            self.record.wall_s = time.perf_counter() - began
-            if _due(step, self.config.eval.every_steps) or step == last:
+            ends, stops = step == last or self._budget_spent(), asked.is_set()
+            if ends or _due(step, self.config.eval.every_steps):
                 metrics |= self._evaluate(snapshot)
-            if _due(step, self.config.checkpoint.every_steps) or step == last:
-                self._save(step)
-            if _due(step, self.config.checkpoint.export_every_steps):
-                self._export(step)
             metrics |= {f"off_policy/{name}": n for name, n in self.buffer.counts().items()}
             metrics |= self.rewards.stats().metrics()
             self.telemetry.log_step(step, metrics, groups, staleness)
+            self.record.wall_s = time.perf_counter() - began
+            if ends or stops or _due(step, self.config.checkpoint.every_steps):
+                self._save(step)  # after the line of its step, or a kill in between would lose that
+            if _due(step, self.config.checkpoint.export_every_steps):
+                self._export(step)
+            self.record.wall_s = time.perf_counter() - began
+            if stops and not ends:
+                return False
+        return True
 
-    def _learn(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+    def _budget_spent(self) -> bool:
+        most = self.config.train.max_generated_tokens
+        return 0 < most <= self._generated_tokens
+
+    @property
+    def _generated_tokens(self) -> int:
+        return self.record.generated_tokens + self.curricula.probe_tokens
+
+    def _learn(
+        self, groups: Sequence[RolloutGroup], step: int, max_new_tokens: int
+    ) -> dict[str, float]:
         """The updates on one batch; none if every group was filtered, which is counted."""
         config = self.config
         rows = Rows(
             row_tokens=config.train.row_tokens,
             rows_per_microbatch=config.train.rows_per_microbatch,
-            max_new_tokens=config.rollout.max_new_tokens,
+            max_new_tokens=max_new_tokens,
+            shared=config.train.shared_prompts,
         )
         prepared = prepare(groups, config.grpo, rows, self.learner)
         padding = assert_share("perf/padding_ratio", prepared.padding_ratio, zero_allowed=True)
@@ -177,8 +254,10 @@ class Loop:
     def _publish(self, step: int) -> Snapshot:
         with self.telemetry.observer.publish(step) as work:
             traced = self.store.trace_count
-            snapshot = self.store.publish(step, self.learner.state.policy)
-            work["compiled"] = self.store.trace_count - traced
+            snapshot = self.store.publish(step, self.learner.policy)
+            work.update(
+                bytes=self.store.published_bytes, compiled=self.store.trace_count - traced
+            )
         return snapshot
 
     def _evaluate(self, snapshot: Snapshot) -> dict[str, float]:
@@ -188,14 +267,15 @@ class Loop:
 
     def _save(self, step: int) -> None:
         self.record.nonfinite_steps = self.learner.num_nonfinite_steps
-        with self.telemetry.observer.phase(Phase.CHECKPOINT):
+        self.record.curricula = self.curricula.state()
+        with self.telemetry.observer.phase(Phase.CHECKPOINT, step=step):
             self.checkpoints.save(step, self.learner.state, self.record.to_json())
 
     def _export(self, step: int) -> None:
         """The weights as a Hugging Face folder, in bfloat16."""
-        with self.telemetry.observer.phase(Phase.CHECKPOINT):
+        with self.telemetry.observer.phase(Phase.CHECKPOINT, step=step):
             out = self.folder / "exports" / f"step_{step}"
-            export_policy(self.learner.state.policy, out, run=self.folder, dtype="bfloat16")
+            export_policy(self.learner.policy, out, run=self.folder, dtype="bfloat16")
 
 
 def _due(step: int, every: int) -> bool:

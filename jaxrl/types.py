@@ -59,6 +59,8 @@ class Reward:
     """Summands or factors by name, for the curves."""
     correct: bool
     """Correctness before any shaping; filters and pass@k use this."""
+    answer: str = ""
+    """The final answer as the verifier reads it, in one spelling; empty: none. Votes count these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

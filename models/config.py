@@ -52,6 +52,54 @@ class RopeScaling:
             )
 
 
+LORA_TARGETS = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "attention_out",
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
+}  # fmt: skip
+"""Weights that an adapter can be put on: their name in transformers and peft, and ours."""
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lora:
+    """Shape of a low-rank adapter (arXiv:2106.09685): what is trained in place of the weights."""
+
+    rank: int
+    """r."""
+    alpha: float
+    """The adapter's product is multiplied by alpha / r."""
+    targets: tuple[str, ...]
+    """Weights that have one, by our names."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"lora.rank={self.rank} must be at least 1; usual: 8 to 64")
+        if not self.alpha > 0:
+            raise ValueError(f"lora.alpha={self.alpha} must be positive; usual: once or twice the rank")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+    @classmethod
+    def of(cls, rank: int, alpha: float, targets: str) -> Lora:
+        """targets: `all-linear`, or names of LORA_TARGETS separated by commas.
+
+        Raises: ValueError for a rank, an alpha or a target that cannot be.
+        """
+        names = [name.strip() for name in targets.split(",")]
+        if targets == ALL_LINEAR:
+            names = list(LORA_TARGETS)
+        for name in names:
+            if name not in LORA_TARGETS:
+                raise ValueError(
+                    f"lora.targets={targets!r} names {name!r}; write {ALL_LINEAR}, or some of "
+                    f"{','.join(LORA_TARGETS)}"
+                )
+        return cls(rank=rank, alpha=alpha, targets=tuple(LORA_TARGETS[name] for name in names))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Shape of a Llama-like decoder (Llama, Qwen2, Qwen3, SmolLM3, Mistral are settings of it)."""
@@ -82,6 +130,11 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     gated_mlp: bool = True
     """True: down(silu(gate(x)) * up(x)). False: down(silu(up(x)))."""
+    num_experts: int = 0
+    """E, MLPs of a layer that a router chooses from (for predictions: `models` computes dense
+    decoders only); 0: one MLP and no router."""
+    experts_per_token: int = 0
+    """MLPs that each token goes through."""
     qk_norm: bool = False
     """RMSNorm over each head of q and k before RoPE (Qwen3)."""
     qkv_bias: bool = False
@@ -94,12 +147,20 @@ class ModelConfig:
     """Token that starts a text, if the family uses one."""
     eos_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion."""
+    lora: Lora | None = None
+    """The adapter that is trained in place of the weights, if any; no other size counts it."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
                 f"use one of {[k for k in range(1, self.num_heads + 1) if self.num_heads % k == 0]} kv heads"
+            )
+        if not (self.num_experts == self.experts_per_token == 0
+                or 1 <= self.experts_per_token <= self.num_experts):  # fmt: skip
+            raise ValueError(
+                f"experts_per_token={self.experts_per_token} must lie in 1..num_experts="
+                f"{self.num_experts}, or both be 0"
             )
         if self.head_size % 2:
             raise ValueError(
@@ -115,9 +176,20 @@ class ModelConfig:
         """Parameters of one layer: attention, MLP, norms, biases."""
         q, kv = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         attention = self.width * (q + 2 * kv) + q * self.width
-        mlp = (3 if self.gated_mlp else 2) * self.width * self.ffw_size
+        mlp = max(1, self.num_experts) * self.mlp_parameters + self.width * self.num_experts
         norms = 2 * self.width + (2 * self.head_size if self.qk_norm else 0)
         return attention + mlp + norms + ((q + 2 * kv) if self.qkv_bias else 0)
+
+    @property
+    def mlp_parameters(self) -> int:
+        """Parameters of one MLP."""
+        return (3 if self.gated_mlp else 2) * self.width * self.ffw_size
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token meets: all, but of the experts only those it goes through."""
+        idle = self.num_experts - self.experts_per_token
+        return self.num_parameters - self.num_layers * idle * self.mlp_parameters
 
     @property
     def num_parameters(self) -> int:

@@ -20,9 +20,29 @@ from jax.ad_checkpoint import checkpoint_name
 
 from models import layers as block
 from models.activations import constrain_rows, gather_width, shares_work
-from models.cache import KEY_BLOCK, KVCache, block_keys, replace_start, write_token
+from models.attention import (
+    HEADS,
+    Attend,
+    DecodeAttention,
+    RowAttention,
+    attention_in_prompts,
+    attention_in_rows,
+    cached_attention,
+    saves_attention,
+)
+from models.cache import KEY_BLOCK, KVCache, replace_start, write_token
 from models.config import ModelConfig
+from models.lora import (
+    AdaptedDecoder,
+    AdaptedLayers,
+    Weight,
+    grown,
+    saves_products,
+    side_by_side,
+    weight_of,
+)
 from models.parameters import Parameter, outer_table, stacked_layer_table
+from models.rows import SharedPrompts
 
 
 class Layers(nnx.Module):
@@ -81,76 +101,100 @@ def _fill(
         setattr(module, name, parameter.init(k, dtype))
 
 
+Policy = Decoder | AdaptedDecoder
+"""Weights, or frozen weights under an adapter: what every function below computes with."""
+
+
 def abstract_decoder(config: ModelConfig, dtype: Any = jnp.float32) -> Decoder:
     """A Decoder of `jax.ShapeDtypeStruct`s: shapes and dtypes without memory."""
     return jax.eval_shape(partial(Decoder, config, dtype=dtype), jax.random.key(0))
 
 
-def num_parameters(policy: Decoder) -> int:
+def num_parameters(policy: Policy) -> int:
     """Elements of all arrays of a (possibly abstract) policy."""
     return sum(leaf.size for leaf in jax.tree.leaves(policy))
 
 
 def hidden_states(
-    policy: Decoder,
+    policy: Policy,
     tokens: jax.Array,
     positions: jax.Array,
     segment_ids: jax.Array,
     *,
     dtype: Any,
     remat: bool = False,
+    prefix_ids: jax.Array | None = None,
+    shared: SharedPrompts | None = None,
+    attention: RowAttention = "xla",
 ) -> jax.Array:
     """Final, normalised hidden states [B, T, D] of packed rows, in `dtype`.
 
-    tokens, positions (from 0 within each sequence) and segment_ids (0 padding) are [B, T] int32.
+    tokens, positions (from 0 within each sequence) and segment_ids (0 padding) are [B, T] int32. With
+    `shared` the rows are divided as it says, and prefix_ids [B, T] int32 names the segment of the
+    prompt that a token's sequence begins with (0: none).
+    `attention` names the program; rows that share prompts always go through xla, whose masks no kernel knows.
     Backward recomputes a layer from what forward kept of it: the attended heads and the results of the
     weight products, or with `remat` the heads and the layer's input. Keeping also elementwise results
     doubles the memory and is slower on CPU.
     """
     config = policy.config
-    mask = block.packed_mask(segment_ids)
     tables = _rope_tables(config, positions, tokens.shape[1])
+    if shared is None or prefix_ids is None:
+        attended = attention_in_rows(segment_ids, attention)
+    else:
+        attended = _shared_attention(segment_ids, prefix_ids, shared)
 
-    def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]) -> tuple[jax.Array, None]:
+    def attend(
+        x: jax.Array, xs: tuple[Layers | AdaptedLayers, jax.Array | None]
+    ) -> tuple[jax.Array, None]:
         layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
-        heads = checkpoint_name(block.packed_attention(q, k, v, mask), "heads")
-        return _after_attention(layer, config, x, heads), None
+        return _after_attention(layer, config, x, attended(q, k, v)), None
 
-    saved = jax.checkpoint_policies.save_only_these_names("heads")
+    saved = saves_attention
     if not remat:
-        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        saved = jax.checkpoint_policies.save_from_both_policies(saved, products)
+        saved = jax.checkpoint_policies.save_from_both_policies(saved, saves_products(config))
     attend = jax.checkpoint(attend, prevent_cse=False, policy=saved)
     x = _embed(policy, tokens, dtype)
     x, _ = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return block.rms_norm(x, policy.final_norm, config.norm_eps)
 
 
-def prefill(policy: Decoder, tokens: jax.Array, *, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of right-padded prompts tokens [P, T], stacked over L, in the layout of the
-    cache.
+def _shared_attention(
+    segment_ids: jax.Array, prefix_ids: jax.Array, shared: SharedPrompts
+) -> Attend:
+    masks = block.shared_masks(segment_ids, prefix_ids, shared)
+    return lambda q, k, v: checkpoint_name(
+        block.shared_attention(q, k, v, masks=masks, shared=shared), HEADS
+    )
 
-    keys [L, P, K, T'/KEY_BLOCK, H, KEY_BLOCK] with T rounded up to T', values [L, P, K, T, H].
+
+def prefill(
+    policy: Policy, tokens: jax.Array, *, dtype: Any, attention: RowAttention = "xla"
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [L, P, K, T, H] of right-padded prompts tokens [P, T].
+
     Attention is causal, so what stands right of a prompt cannot reach it.
     """
     config = policy.config
-    tokens_of_row = jnp.arange(tokens.shape[1])
-    mask = (tokens_of_row[:, None] >= tokens_of_row[None, :])[None]
-    tables = _rope_tables(config, tokens_of_row[None], tokens.shape[1])
+    tables = _rope_tables(config, jnp.arange(tokens.shape[1])[None], tokens.shape[1])
+    attended = attention_in_prompts(tokens.shape[1], attention)
 
-    def attend(x: jax.Array, xs: tuple[Layers, jax.Array | None]):
+    def attend(x: jax.Array, xs: tuple[Layers | AdaptedLayers, jax.Array | None]):
         layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
-        x = _after_attention(layer, config, x, block.packed_attention(q, k, v, mask))
-        return x, (block_keys(k), v.transpose(0, 2, 1, 3))
+        x = _after_attention(layer, config, x, attended(q, k, v))
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     x = _embed(policy, tokens, dtype)
     _, (keys, values) = jax.lax.scan(attend, x, (policy.layers, _rope_switch(config)))
     return keys, values
 
 
-def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any) -> KVCache:
+def recompute(
+    policy: Policy, cache: KVCache, tokens: jax.Array, *, dtype: Any,
+    attention: RowAttention = "xla",
+) -> KVCache:  # fmt: skip
     """The cache with the keys and values of every slot's first T tokens [B, T] made anew by
     `policy`.
 
@@ -159,7 +203,7 @@ def recompute(policy: Decoder, cache: KVCache, tokens: jax.Array, *, dtype: Any)
     length = tokens.shape[1]
     if length % KEY_BLOCK and length != cache.max_tokens:
         raise ValueError(f"recompute of {length} tokens: use a multiple of {KEY_BLOCK}")
-    return replace_start(cache, *prefill(policy, tokens, dtype=dtype))
+    return replace_start(cache, *prefill(policy, tokens, dtype=dtype, attention=attention))
 
 
 @jax.tree_util.register_dataclass
@@ -176,17 +220,17 @@ class FusedLayer:
     """
 
     attention_norm: jax.Array  # [D]
-    qkv: tuple[jax.Array, ...]  # [D, K, G + 2, H], or [D, K, G, H] and twice [D, K, 1, H]
+    qkv: tuple[Weight, ...]  # [D, K, G + 2, H], or [D, K, G, H] and twice [D, K, 1, H]
     qkv_bias: tuple[jax.Array, ...] | None  # the same without D
     q_norm: jax.Array | None  # [H]
     k_norm: jax.Array | None  # [H]
-    attention_out: jax.Array  # [K, G, H, D]
+    attention_out: Weight  # [K, G, H, D]
     mlp_norm: jax.Array  # [D]
-    gate_up: tuple[jax.Array, ...]  # [D, 2, F], or [D, 1, F] each; without a gate only the latter
-    down: jax.Array  # [F, D]
+    gate_up: tuple[Weight, ...]  # [D, 2, F], or [D, 1, F] each; without a gate only the latter
+    down: Weight  # [F, D]
 
 
-def split_layers(policy: Decoder) -> tuple[FusedLayer, ...]:
+def split_layers(policy: Policy) -> tuple[FusedLayer, ...]:
     """The layers one by one, ready to compute with: a copy of their parameters."""
     stacked = policy.layers
     return tuple(
@@ -195,43 +239,47 @@ def split_layers(policy: Decoder) -> tuple[FusedLayer, ...]:
     )
 
 
-def _fuse(layer: Layers, *, together: bool) -> FusedLayer:
-    qkv = (layer.q, layer.k[:, :, None], layer.v[:, :, None])
+def _fuse(layer: Layers | AdaptedLayers, *, together: bool) -> FusedLayer:
+    plain = layer.frozen if isinstance(layer, AdaptedLayers) else layer
+    q, k, v, gate, up = (weight_of(layer, name) for name in ("q", "k", "v", "gate", "up"))
+    qkv = (q, grown(k, 2), grown(v, 2))
     bias = None
-    if layer.q_bias is not None and layer.k_bias is not None and layer.v_bias is not None:
-        bias = (layer.q_bias, layer.k_bias[:, None], layer.v_bias[:, None])
-    gate_up = tuple(w[:, None] for w in (layer.gate, layer.up) if w is not None)
+    if plain.q_bias is not None and plain.k_bias is not None and plain.v_bias is not None:
+        bias = (plain.q_bias, plain.k_bias[:, None], plain.v_bias[:, None])
+    gate_up = tuple(grown(w, 1) for w in (gate, up) if w is not None)
     if together:
-        qkv = (jnp.concatenate(qkv, axis=2),)
+        qkv = (side_by_side(qkv, 2),)
         bias = None if bias is None else (jnp.concatenate(bias, axis=1),)
-        gate_up = (jnp.concatenate(gate_up, axis=1),)
+        gate_up = (side_by_side(gate_up, 1),)
     return FusedLayer(
-        attention_norm=layer.attention_norm,
+        attention_norm=plain.attention_norm,
         qkv=qkv,
         qkv_bias=bias,
-        q_norm=layer.q_norm,
-        k_norm=layer.k_norm,
-        attention_out=layer.attention_out,
-        mlp_norm=layer.mlp_norm,
+        q_norm=plain.q_norm,
+        k_norm=plain.k_norm,
+        attention_out=weight_of(layer, "attention_out"),
+        mlp_norm=plain.mlp_norm,
         gate_up=gate_up,
-        down=layer.down,
+        down=weight_of(layer, "down"),
     )
 
 
 def decode_step(
-    policy: Decoder,
+    policy: Policy,
     cache: KVCache,
     tokens: jax.Array,
     positions: jax.Array,
     *,
     dtype: Any,
     layers: tuple[FusedLayer, ...] | None = None,
+    attention: DecodeAttention = "blocks",
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [B, D] after one more token per slot, and the cache that holds its key and
     value.
 
     tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. All of the cache is read: give
     the first segments only (`models.cache.split_cache`) while every sequence is short enough.
+    `attention` is the program that the cache was laid out for.
     Layers are unrolled: a scan would copy each layer's weights and cache in every step. So would
     slicing the weights inside a loop: pass layers=split_layers(policy), made before the loop.
     """
@@ -243,13 +291,13 @@ def decode_step(
         rotation = None if i in config.no_rope_layers else tables
         q, k, v = _project(layer, config, x, rotation)
         all_keys[i], all_values[i] = write_token(all_keys[i], all_values[i], k, v, positions)
-        heads = block.cached_attention(q, all_keys[i], all_values[i], positions)
+        heads = cached_attention(q, all_keys[i], all_values[i], positions, attention)
         x = _after_attention(layer, config, x, heads)
     hidden = block.rms_norm(x, policy.final_norm, config.norm_eps)
     return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))
 
 
-def _embed(policy: Decoder, tokens: jax.Array, dtype: Any) -> jax.Array:
+def _embed(policy: Policy, tokens: jax.Array, dtype: Any) -> jax.Array:
     """Hidden states [..., D] of tokens [...] before the first layer; cast before it is gathered."""
     return constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
 

@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.activations import gather_width
-from models.decoder import Decoder
+from models.activations import gather_width, scatter_width
+from models.decoder import Policy
 
 
-def _head_matrix(policy: Decoder) -> jax.Array:
+def _head_matrix(policy: Policy) -> jax.Array:
     return policy.embedding if policy.head is None else policy.head
 
 
@@ -29,13 +29,13 @@ def _logits(matrix: jax.Array, hidden: jax.Array) -> jax.Array:
         )
 
 
-def head_logits(policy: Decoder, hidden: jax.Array, *, dtype: Any) -> jax.Array:
+def head_logits(policy: Policy, hidden: jax.Array, *, dtype: Any) -> jax.Array:
     """Logits float32 [..., V] of final hidden states [..., D], multiplied in `dtype`."""
     return _logits(_head_matrix(policy), hidden.astype(dtype))
 
 
 def target_logprobs(
-    policy: Decoder,
+    policy: Policy,
     hidden: jax.Array,
     targets: jax.Array,
     *,
@@ -122,11 +122,11 @@ def _chunked_backward(saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array,
             d_matrix = d_matrix + jnp.einsum(
                 "btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32
             )
-        return d_matrix, d_hidden
+        return gather_width(d_matrix), d_hidden  # whole: devices sum it once, after the last chunk
 
     xs = (hidden, targets, log_sum, entropy, *cotangents)
     d_matrix, d_hidden = jax.lax.scan(step, jnp.zeros(matrix.shape, jnp.float32), xs)
-    return d_matrix.astype(matrix.dtype), d_hidden, None, jnp.zeros_like(scale)
+    return scatter_width(d_matrix).astype(matrix.dtype), d_hidden, None, jnp.zeros_like(scale)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -7,8 +7,6 @@ head size, F ffw.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 
 import jax
@@ -16,6 +14,8 @@ import jax.numpy as jnp
 
 from models.activations import shares_work
 from models.config import RopeScaling
+from models.lora import LowRankSum, Weight
+from models.rows import SharedPrompts
 
 SCORES_AT_ONCE = 2**20
 """Float32 attention scores that exist at once in one program: 4 MiB, about a core's share of cache."""
@@ -101,13 +101,17 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def product(x: jax.Array, weight: jax.Array, *, contracted: int = 1) -> jax.Array:
+def product(x: jax.Array, weight: Weight, *, contracted: int = 1) -> jax.Array:
     """x [..., I...] times weight [I..., O...] -> [..., O...], the last `contracted` dims of x summed.
 
     Both sides are flattened to matrices first: the gradient of a weight then contracts one dimension
     instead of two (rows and tokens), and products of matrices are the fastest; together a third on CPU.
     On several devices O... stay as they are: flattened, a split of the last one would be lost.
     """
+    if isinstance(weight, LowRankSum):
+        low = product(x, weight.a, contracted=contracted)
+        whole = product(x, weight.weight, contracted=contracted)
+        return whole + weight.scale * product(low, weight.b)
     split = x.ndim - contracted
     outer, out = x.shape[:split], weight.shape[contracted:]
     columns = out if shares_work() else (math.prod(out),)
@@ -116,7 +120,7 @@ def product(x: jax.Array, weight: jax.Array, *, contracted: int = 1) -> jax.Arra
     return jax.lax.dot_general(rows, matrix, (((1,), (0,)), ((), ()))).reshape(*outer, *out)
 
 
-def mlp(x: jax.Array, gate_up: tuple[jax.Array, ...], down: jax.Array) -> jax.Array:
+def mlp(x: jax.Array, gate_up: tuple[Weight, ...], down: Weight) -> jax.Array:
     """The feed-forward block on x [..., D] with gate and up [D, 2, F] or each [D, 1, F], and down [F, D].
 
     down(silu(gate x) * up x), arXiv:2002.05202 eq. 6; without a gate, only up, down(silu(up x)).
@@ -138,8 +142,47 @@ def packed_mask(segment_ids: jax.Array) -> jax.Array:
     return same & jnp.tril(jnp.ones((1, tokens, tokens), bool))
 
 
+def shared_masks(
+    segment_ids: jax.Array, prefix_ids: jax.Array, shared: SharedPrompts
+) -> tuple[jax.Array, jax.Array]:
+    """Who sees whom in rows [B, n + P t] of P parts: ([B, n, n] among the prompts, [B P, t, n + t] of a part).
+
+    A token of a part sees its own segment up to itself, and all of the prompt whose segment is its
+    prefix id (0: none).
+    """
+    n = shared.prompt_tokens
+    of_parts, of_prefix = (
+        ids[:, n:].reshape(ids.shape[0] * shared.parts, -1) for ids in (segment_ids, prefix_ids)
+    )
+    prompts = jnp.repeat(segment_ids[:, :n], shared.parts, axis=0)
+    sees_prompt = (of_prefix[:, :, None] == prompts[:, None, :]) & (of_prefix > 0)[:, :, None]
+    masks = jnp.concatenate([sees_prompt, packed_mask(of_parts)], axis=-1)
+    return packed_mask(segment_ids[:, :n]), masks
+
+
+def shared_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    masks: tuple[jax.Array, jax.Array],
+    shared: SharedPrompts,
+) -> jax.Array:
+    """`packed_attention` of rows whose parts share the prompts in front; masks of `shared_masks`."""
+    n, rows = shared.prompt_tokens, q.shape[0]
+
+    def parts(x: jax.Array) -> jax.Array:  # [B, n + P t, ...] -> [B P, t, ...]
+        return x[:, n:].reshape(rows * shared.parts, -1, *x.shape[2:])
+
+    def seen(x: jax.Array) -> jax.Array:  # [B, n + P t, ...] -> [B P, n + t, ...]
+        return jnp.concatenate([jnp.repeat(x[:, :n], shared.parts, axis=0), parts(x)], axis=1)
+
+    prompts = packed_attention(q[:, :n], k[:, :n], v[:, :n], masks[0])
+    rest = packed_attention(parts(q), seen(k), seen(v), masks[1])
+    return jnp.concatenate([prompts, rest.reshape(rows, -1, *q.shape[2:])], axis=1)
+
+
 def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention within rows: q [B, T, K, G, H], k and v [B, T, K, H], mask [B or 1, T, T] -> [B, T, K, G, H].
+    """Attention within rows: q [B, T, K, G, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, K, G, H].
 
     Long rows go through in blocks of queries, so that the float32 scores that exist at once stay below
     SCORES_AT_ONCE: they then stay in cache on a CPU, and memory does not grow with T squared. Backward
@@ -147,12 +190,12 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     """
     with jax.named_scope("attention"):
         b, t, k_heads, g, h = q.shape
-        blocks = _query_blocks(b * k_heads * g * t, t)
+        blocks = _query_blocks(b * k_heads * g * k.shape[1], t)
         attend = jax.checkpoint(_attend, prevent_cse=False)
         if blocks == 1:
             return attend(q, k, v, mask)
         split = q.reshape(b, blocks, t // blocks, k_heads, g, h).swapaxes(0, 1)
-        masks = mask.reshape(mask.shape[0], blocks, t // blocks, t).swapaxes(0, 1)
+        masks = mask.reshape(mask.shape[0], blocks, t // blocks, -1).swapaxes(0, 1)
         heads = jax.lax.map(lambda block: attend(block[0], k, v, block[1]), (split, masks))
         return heads.swapaxes(0, 1).reshape(q.shape)
 
@@ -167,7 +210,7 @@ def _query_blocks(scores_per_query: int, queries: int) -> int:
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Queries [B, t, K, G, H] over keys [B, T, K, H] where mask [B or 1, t, T] allows."""
+    """Queries [B, t, K, G, H] over keys [B, S, K, H] where mask [B or 1, t, S] allows."""
     b, t, k_heads, g, h = q.shape
     keys = k.shape[1]
     q = q.transpose(0, 2, 3, 1, 4).reshape(b, k_heads, g * t, h)
@@ -177,35 +220,3 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Ar
     weights = weights.astype(v.dtype).reshape(b, k_heads, g * t, keys)
     out = jnp.einsum("bkqs,bskh->bkqh", weights, v)
     return out.reshape(b, k_heads, g, t, h).transpose(0, 3, 1, 2, 4)
-
-
-def cached_attention(
-    q: jax.Array,
-    keys: tuple[jax.Array, ...],
-    values: tuple[jax.Array, ...],
-    positions: jax.Array,
-) -> jax.Array:
-    """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G,
-    H].
-
-    Segments of keys [B, K, n, H, s/n] in n blocks and values [B, K, s, H], as `models.cache` lays them
-    out.
-    """
-    with jax.named_scope("cached_attention"):
-        scores = jnp.concatenate([_scores_of(q, segment) for segment in keys], axis=-1)
-        seen = jnp.arange(scores.shape[-1])[None, :] <= positions[:, None]
-        scores = jnp.where(seen[:, None, None, :], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
-        weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-        ends = list(itertools.accumulate(segment.shape[2] for segment in values))
-        parts = jnp.split(weights, ends[:-1], axis=-1)
-        sums = [jnp.einsum("bkgs,bksh->bkgh", *pair) for pair in zip(parts, values, strict=True)]
-        return functools.reduce(jnp.add, sums)
-
-
-def _scores_of(q: jax.Array, keys: jax.Array) -> jax.Array:
-    """float32 products [B, K, G, s] of q [B, K, G, H] with one segment of keys [B, K, n, H, s/n]."""
-    b, k, g, h = q.shape
-    blocks, size = keys.shape[2], keys.shape[4]
-    q = jnp.broadcast_to(q[:, :, None], (b, k, blocks, g, h))
-    scores = jnp.einsum("bkngh,bknhs->bkngs", q, keys, preferred_element_type=jnp.float32)
-    return scores.transpose(0, 1, 3, 2, 4).reshape(b, k, g, blocks * size)

@@ -47,7 +47,13 @@ def layer_table(config: ModelConfig) -> dict[str, Parameter]:
     Query heads are grouped by the kv head they share, so that a split over kv heads keeps each
     group on one device. Projections into the residual stream start 1 / sqrt(2 L) smaller (GPT-2,
     section 2.3).
+    Raises: ValueError for a mixture of experts.
     """
+    if config.num_experts:
+        raise ValueError(
+            f"num_experts={config.num_experts}: this architecture is known for predictions only; dense "
+            "decoders (num_experts=0) can be computed"
+        )
     d, k, h, f = config.width, config.num_kv_heads, config.head_size, config.ffw_size
     g, depth = config.num_heads // k, 2 * config.num_layers
     table = {
@@ -70,6 +76,11 @@ def layer_table(config: ModelConfig) -> dict[str, Parameter]:
         table["q_norm"] = Parameter((h,), (None,), fill=1.0)
         table["k_norm"] = Parameter((h,), (None,), fill=1.0)
     return table
+
+
+def input_dims(name: str) -> int:
+    """How many leading dims of a weight [I..., O...] are its input: K, G, H of attention_out, else one."""
+    return 3 if name == "attention_out" else 1
 
 
 def stacked_layer_table(config: ModelConfig) -> dict[str, Parameter]:

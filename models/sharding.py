@@ -21,6 +21,7 @@ from models.activations import ROW_AXES
 from models.cache import KVCache
 from models.config import ModelConfig
 from models.decoder import Decoder, abstract_decoder
+from models.lora import AdaptedDecoder, Adapter, adapter_table, init_adapter, merged
 from models.parameters import Parameter, outer_table, stacked_layer_table
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -116,6 +117,38 @@ def init_sharded(config: ModelConfig, key: jax.Array, mesh: Mesh, dtype: Any) ->
     """
     make = partial(Decoder, config, dtype=dtype)
     return jax.jit(make, out_shardings=policy_shardings(config, mesh))(key)
+
+
+def adapter_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Adapter:
+    """A NamedSharding for each array of the adapter: its dims lie as those of the weight it belongs to.
+
+    Raises: ValueError naming the first dimension that its mesh axis does not divide.
+    """
+    return {name: _sharding(name, p, mesh) for name, p in adapter_table(config).items()}
+
+
+def adapt(base: Decoder, key: jax.Array, mesh: Mesh) -> AdaptedDecoder:
+    """`base` with a fresh float32 adapter of the shape in its configuration."""
+    config = base.config
+    places = adapter_shardings(config, mesh)
+    adapter = jax.jit(partial(init_adapter, config), out_shardings=places)(key)
+    return AdaptedDecoder(base=base, adapter=adapter)
+
+
+def merge_adapter(config: ModelConfig, base: Decoder, adapter: Adapter) -> Decoder:
+    """The weights of an adapted policy as one Decoder, in the dtypes and shardings of `base`.
+
+    config: the architecture with the adapter's shape.
+    """
+
+    def sums(base: Decoder, adapter: Adapter) -> Decoder:
+        def leaf(path: tuple[Any, ...], weight: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path[-1:], simple=True)
+            return merged(config, name, weight, adapter).astype(weight.dtype)
+
+        return jax.tree_util.tree_map_with_path(leaf, base)
+
+    return jax.jit(sums, out_shardings=jax.tree.map(lambda x: x.sharding, base))(base, adapter)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,7 +1,7 @@
 """What a run's spans say: per phase, per lane, and in words. Standard library only.
 
 Lanes on shared cores stretch each other. From the spans follows for how much of each call another
-lane was computing; `roofline.predict.stretched` turns the prediction for the call alone into one
+lane was at work; `roofline.predict.stretched` turns the prediction for the call alone into one
 for the call in company, which is what the measured time is compared with. Verifiers are left out of
 this: their spans hold queueing and latency, not computing.
 """
@@ -12,13 +12,13 @@ import bisect
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from roofline.estimate import QUANTILE_95, SPREAD_PRIOR, SPREAD_PRIOR_STEPS
 from roofline.hardware import Hardware
 from roofline.phases import Phase, PhaseCost
-from roofline.predict import LANES, StepComparison, compare_step, mbu, mfu, stretched
+from roofline.predict import LANES, Company, StepComparison, beside, compare_step, mbu, mfu
 from roofline.read_run import WAITING, Run, Span
 
 DEVICE_LANES = ("rollout", "learner")
@@ -85,7 +85,7 @@ class StepTimes:
 
 def phase_rows(run: Run) -> list[PhaseRow]:
     """One row per phase that occurred, in the order of `Phase`."""
-    shares = overlaps(run.spans)
+    shares = companies(run.spans)
     window = stepping(run)
     by_phase: dict[Phase, list[int]] = {}
     for index, span in enumerate(run.spans):
@@ -113,15 +113,14 @@ def spread(hardware: Hardware) -> float | None:
 
 
 def _row(
-    run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[float],
+    run: Run, phase: Phase, indices: Sequence[int], shares: Sequence[Company],
     window: tuple[float, float, int] | None,
 ) -> PhaseRow:  # fmt: skip
     spans = [run.spans[i] for i in indices]
     durations = sorted(span.duration_s for span in spans)
     known = [(run.spans[i], shares[i]) for i in indices if run.spans[i].predicted_s is not None]
     alone = [span.predicted_s or 0.0 for span, _ in known]
-    contention = run.hardware.contention
-    shared = [stretched(s.predicted_s or 0.0, share, contention) for s, share in known]
+    shared = [in_company(span, company, run.hardware) for span, company in known]
     lower = [span.lower_s for span, _ in known if span.lower_s is not None]
     measured = sum(span.duration_s for span, _ in known)
     costed = [span for span, _ in known if span.cost is not None and span.duration_s > 0]
@@ -144,7 +143,7 @@ def _row(
         low_s=low_s,
         high_s=high_s,
         ratio=measured / sum(shared) if sum(shared) > 0 else None,
-        overlap=statistics.fmean(shares[i] for i in indices),
+        overlap=statistics.fmean(shares[i].lane for i in indices),
         bound=statistics.mode(bounds) if bounds else None,
         cost=_mean(total, len(costed)),
         intensity=total.flops / total.hbm_bytes if total and total.hbm_bytes > 0 else None,
@@ -155,6 +154,11 @@ def _row(
             covered.covered_s(window[0], window[1]) / (window[1] - window[0]) if window else None
         ),
     )
+
+
+def in_company(span: Span, company: Company, hardware: Hardware) -> float:
+    """Expected seconds of a predicted call in this company."""
+    return beside(span.predicted_s or 0.0, span.phase, company, hardware)
 
 
 def interval(expected_s: float | None, hardware: Hardware) -> tuple[float | None, float | None]:
@@ -194,34 +198,71 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
-def overlaps(spans: Sequence[Span]) -> list[float]:
-    """Share of each span during which the other device lane was computing, in [0, 1]."""
-    busy = {
-        lane: Covered([s for s in spans if s.lane == lane and s.computes]) for lane in DEVICE_LANES
-    }
-    shares = []
+def companies(spans: Sequence[Span]) -> list[Company]:
+    """For what shares of each span the other device lane and the verifiers were at work.
+
+    A lane that records when it waits is at work all the rest of its time, between its spans in
+    Python; one that never waits, in its spans. Spans that compute on no device have no company.
+    """
+    busy = {lane: _at_work([s for s in spans if s.lane == lane]) for lane in DEVICE_LANES}
+    verifying = Covered([s for s in spans if s.phase is Phase.REWARD])
+    found = []
     for span in spans:
-        others = [busy[lane] for lane in DEVICE_LANES if lane != span.lane]
         if span.lane not in DEVICE_LANES or not span.computes or span.duration_s == 0:
-            shares.append(0.0)
+            found.append(Company())
             continue
+        others = [busy[lane] for lane in DEVICE_LANES if lane != span.lane]
         covered = sum(other.covered_s(span.start_s, span.end_s) for other in others)
-        shares.append(min(1.0, covered / span.duration_s))
-    return shares
+        verified = verifying.covered_s(span.start_s, span.end_s)
+        found.append(
+            Company(
+                lane=min(1.0, covered / span.duration_s),
+                verifiers=min(1.0, verified / span.duration_s),
+            )
+        )
+    return found
+
+
+def overlaps(spans: Sequence[Span]) -> list[float]:
+    """Share of each span during which the other device lane was at work, in [0, 1]."""
+    return [company.lane for company in companies(spans)]
+
+
+def _at_work(spans: Sequence[Span]) -> Covered:
+    """When the lane with these spans worked."""
+    waits = sorted((s.start_s, s.end_s) for s in spans if not s.computes)
+    if not waits:
+        return Covered(spans)
+    at_work, at_s = [], min(s.start_s for s in spans)
+    for start_s, end_s in waits:
+        if start_s > at_s:
+            at_work.append((at_s, start_s))
+        at_s = max(at_s, end_s)
+    return Covered.of([*at_work, (at_s, max(at_s, *(s.end_s for s in spans)))])
 
 
 class Covered:
     """Time covered by a set of spans, answered for any window in logarithmic time."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
+        self._cover((span.start_s, span.end_s) for span in spans)
+
+    @classmethod
+    def of(cls, intervals: Iterable[tuple[float, float]]) -> Covered:
+        """Of (start, end) intervals [s]."""
+        covered = cls(())
+        covered._cover(intervals)
+        return covered
+
+    def _cover(self, intervals: Iterable[tuple[float, float]]) -> None:
         self._starts: list[float] = []
         self._ends: list[float] = []
-        for span in sorted(spans, key=lambda s: s.start_s):
-            if self._ends and span.start_s <= self._ends[-1]:
-                self._ends[-1] = max(self._ends[-1], span.end_s)
+        for start_s, end_s in sorted(intervals):
+            if self._ends and start_s <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end_s)
             else:
-                self._starts.append(span.start_s)
-                self._ends.append(span.end_s)
+                self._starts.append(start_s)
+                self._ends.append(end_s)
         lengths = (end - start for start, end in zip(self._starts, self._ends, strict=True))
         self._before = [0.0, *itertools.accumulate(lengths)]
 

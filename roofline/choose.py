@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from models.config import ModelConfig
 from roofline import model_zoo
 from roofline.datasheets import datasheet
 from roofline.hardware import Hardware
 from roofline.machine import cache_folder
-from roofline.settings import model_of, read_settings
+from roofline.settings import Settings, model_of, read_settings, workload_of
 
 EXIT_USER_ERROR = 2
 
@@ -39,8 +41,11 @@ def find_model(name: str, vocab_size: int) -> ModelConfig:
     return model_zoo.find_model(name).config
 
 
-def find_hardware(name: str) -> Hardware:
-    """A datasheet by name, a hardware JSON file, a run folder's, or "this": the newest calibration.
+def find_hardware(name: str, settings: Settings | None = None) -> Hardware:
+    """A datasheet by name, a hardware JSON file, a run folder's, or "this": a stored calibration.
+
+    Of several the newest that measured the shapes of `settings`; without settings or such a
+    calibration the newest of all, which is said on stderr.
 
     Raises:
         ValueError: none of these; the message names the nearest.
@@ -50,15 +55,43 @@ def find_hardware(name: str) -> Hardware:
         return Hardware.load(path)
     if (path / "hardware.json").is_file():
         return Hardware.load(path / "hardware.json")
-    return _newest_calibration() if name == "this" else datasheet(name)
+    return _calibration(settings) if name == "this" else datasheet(name)
 
 
-def _newest_calibration() -> Hardware:
+def _calibration(settings: Settings | None) -> Hardware:
     files = cache_folder("calibration").glob("*.json")
-    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-    if newest is None:
+    stored = [Hardware.load(f) for f in sorted(files, key=lambda f: -f.stat().st_mtime)]
+    if not stored:
         raise ValueError("this machine is not calibrated; run `python -m roofline.calibrate`")
-    return Hardware.load(newest)
+    if settings is None:
+        return stored[0]
+    for hardware in stored:
+        if is_measured_for(hardware, settings):
+            return hardware
+    print(
+        "Note: no calibration of this machine measured this configuration's model and shapes; the "
+        "newest one is used, whose phases may reach other shares of the peaks. `python -m "
+        "jaxrl.train --dry-run` with the same settings makes one.",
+        file=sys.stderr,
+    )
+    return stored[0]
+
+
+def is_measured_for(hardware: Hardware, settings: Settings) -> bool:
+    """The calibration's phases have the model and the shapes of these settings."""
+    shapes = dict(hardware.measured_for.get("workload", {}))
+    shapes.pop("mesh", None)
+    wanted = dataclasses.asdict(workload_of(settings))
+    wanted.pop("mesh")
+    return shapes == wanted and _shape(hardware.measured_for["model"]) == _shape(
+        dataclasses.asdict(model_of(settings, 1))
+    )
+
+
+def _shape(model: Mapping[str, Any]) -> list[Any]:
+    """What settings say of a model that is built from scratch."""
+    names = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "qk_norm")
+    return [model[name] for name in names]
 
 
 def report_errors(command: Callable[[], None]) -> None:

@@ -17,7 +17,10 @@ from __future__ import annotations
 from typing import Literal
 
 from models.config import ModelConfig
+from models.rows import SharedPrompts, attended
 from roofline import traffic
+from roofline.adapters import adapter_arrays, adapter_parameters, adapter_products
+from roofline.experts import expert_mlp, grouped, held_experts
 from roofline.kernels import (
     FLOAT32_BYTES,
     Layout,
@@ -25,6 +28,7 @@ from roofline.kernels import (
     Work,
     all_gather,
     all_reduce,
+    cached_bytes,
     ceil_div,
     passes,
     product,
@@ -37,7 +41,7 @@ from roofline.traffic import as_work
 
 __all__ = [
     "Layout", "Remat", "decode", "held_parameters", "num_arrays", "optimizer", "prefill", "publish",
-    "reference", "score", "train",
+    "reference", "score", "train", "trained_arrays", "trained_parameters",
 ]  # fmt: skip
 
 Remat = Literal["none", "block"]
@@ -58,11 +62,11 @@ def prefill(
     work = _embed(local * tokens, part, layout)
     work += _layer(model, part, layout, local, tokens).times(model.num_layers)
     work += as_work(traffic.forward(model, layout, local * tokens))
-    values = 2 * model.num_layers * round_up(tokens, KV_BLOCK_TOKENS) * part.kv
-    work += passes(values * local, layout.kv_bytes, 2)
+    held = 2 * model.num_layers * round_up(tokens, KV_BLOCK_TOKENS) * cached_bytes(part, layout)
+    work += passes(held * local, 1, 2)
     if samples:
         entering = ceil_div(samples, layout.row_shards)
-        work += passes(2 * values * entering, layout.kv_bytes, 2 * model.num_layers)
+        work += passes(2 * held * entering, 1, 2 * model.num_layers)
     return _cost(Phase.PREFILL, work, layout, dispatches=4)
 
 
@@ -93,9 +97,10 @@ def score(
     rows: int,
     microbatches: int = 1,
     chunk_tokens: int = 4096,
+    shared: SharedPrompts | None = None,
 ) -> PhaseCost:
     """Log-probabilities of `microbatches` packed batches of [rows, row_tokens], forward only."""
-    work = _scoring(model, layout, row_tokens, rows, chunk_tokens).times(microbatches)
+    work = _scoring(model, layout, row_tokens, rows, chunk_tokens, shared).times(microbatches)
     return _cost(Phase.SCORE, work, layout, dispatches=microbatches)
 
 
@@ -106,9 +111,10 @@ def reference(
     rows: int,
     microbatches: int = 1,
     chunk_tokens: int = 4096,
+    shared: SharedPrompts | None = None,
 ) -> PhaseCost:
     """`score` under the frozen reference: the same work."""
-    work = _scoring(model, layout, row_tokens, rows, chunk_tokens).times(microbatches)
+    work = _scoring(model, layout, row_tokens, rows, chunk_tokens, shared).times(microbatches)
     return _cost(Phase.REFERENCE, work, layout, dispatches=microbatches)
 
 
@@ -120,43 +126,46 @@ def train(
     microbatches: int = 1,
     remat: Remat = "none",
     chunk_tokens: int = 4096,
+    shared: SharedPrompts | None = None,
 ) -> PhaseCost:
     """Forward and backward of `microbatches` packed batches of [rows, row_tokens], accumulated.
 
     Backward does two products for each one of forward, and makes the attention scores again. remat
     "block" also makes each layer's weight products again, but for the last, whose output backward
     does not read. The head's logits are always made again in backward, chunk by chunk: 4 times its
-    forward in all.
+    forward in all. Under an adapter the frozen weights, embedding and head have no gradient. Where rows
+    have shared prompts, a part of a row attends to these and itself, and only parts meet the head.
     """
     local = ceil_div(rows, layout.row_shards)
     part = shard(model, layout)
     tokens = local * row_tokens
-    layer = _layer(model, part, layout, local, row_tokens)
-    attention = _packed_attention(part, layout, local, row_tokens)
-    layers = layer.times(3) + _scores(part, layout, local, row_tokens)
+    layer = _layer(model, part, layout, local, row_tokens, shared=shared)
+    attention = _packed_attention(part, layout, local, row_tokens, shared)
+    layers = layer.times(3) + _scores(part, layout, local, row_tokens, shared)
     if remat == "block":
         last = product(tokens, part.ffw, part.width, layout.compute_bytes)
+        if model.num_experts:
+            last = grouped(model, layout, tokens, part.ffw, part.width)
         layers += layer + (attention + last).times(-1)
+    if model.lora:
+        layers += _weight_products(model, part, layout, tokens).times(-1)
     once = layers.times(model.num_layers)
-    once += _embed(tokens, part, layout).times(2)
-    once += _scored_head(local, row_tokens, part, layout, chunk_tokens).times(4)
+    once += _embed(tokens, part, layout).times(1 if model.lora else 2)
+    head = _scored_head(local, _predicting(row_tokens, shared), part, layout, chunk_tokens)
+    once += head.times(3 if model.lora else 4)
     once += _cast_weights(model, layout).times(2) + _add_gradients(model, layout)
-    once += as_work(
-        traffic.forward(model, layout, tokens)
-        + traffic.scored_head(model, layout, tokens, trains=True)
-        + traffic.layers(model, layout, tokens)
-        + traffic.gradients(model, layout)
-    )
+    once += as_work(traffic.train(model, layout, tokens, local * _predicting(row_tokens, shared)))
     return _cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)
 
 
 def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
-    """Gradient norm, clipping and AdamW in float32: 32 bytes per parameter held.
+    """Gradient norm, clipping and AdamW in float32: 32 bytes per trained parameter held.
 
-    The norm reads the gradient (4); the update reads p, g, m, v (16) and writes p, m, v (12).
+    The norm reads the gradient (4); the update reads p, g, m, v (16) and writes p, m, v (12). With an
+    adapter it alone is trained.
     """
-    arrays = num_arrays(model)
-    work = passes(8 * held_parameters(model, layout), FLOAT32_BYTES, 3 * arrays)
+    held, arrays = trained_parameters(model, layout), trained_arrays(model)
+    work = passes(8 * held, FLOAT32_BYTES, 3 * arrays)
     work += all_reduce(FLOAT32_BYTES, layout.fsdp * layout.tensor)
     return _cost(Phase.OPTIMIZER, work, layout, dispatches=1)
 
@@ -164,21 +173,38 @@ def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
 def publish(
     model: ModelConfig, learner: Layout, rollout: Layout, *, same_devices: bool = False
 ) -> PhaseCost:
-    """Cast to the rollout's type, gather over fsdp, copy to every rollout replica.
+    """Cast to the rollout's type, gather over fsdp, copy to every rollout replica. Of an adapted model
+    the adapter alone.
 
     Counted on the learner's busiest device; all learner devices send equal parts. `same_devices`:
     rollout and learner share devices, the copy stays in memory.
     """
-    arrays, held = num_arrays(model), held_parameters(model, learner)
-    work = passes(held, learner.param_bytes, arrays) + passes(held, rollout.param_bytes, 0)
-    whole = model.num_parameters / learner.tensor * rollout.param_bytes
+    arrays, held = trained_arrays(model), trained_parameters(model, learner)
+    stored = FLOAT32_BYTES if model.lora else learner.param_bytes
+    work = passes(held, stored, arrays) + passes(held, rollout.param_bytes, 0)
+    one = Layout(
+        compute_dtype=learner.compute_dtype, param_dtype=learner.param_dtype,
+        kv_dtype=learner.kv_dtype,
+    )  # fmt: skip
+    total = trained_parameters(model, one) if model.lora else model.num_parameters
+    whole = total / learner.tensor * rollout.param_bytes
     work += all_gather(whole, learner.fsdp, arrays)
     if same_devices:
         copied = Work(hbm_bytes=2 * whole, streamed_bytes=2 * whole, launches=arrays)
         return _cost(Phase.PUBLISH, work + copied, learner, dispatches=2)
-    sent = model.num_parameters * rollout.param_bytes * rollout.row_shards / learner.devices
+    sent = total * rollout.param_bytes * rollout.row_shards / learner.devices
     work += Work(hbm_bytes=sent, streamed_bytes=sent, link_bytes=sent, collectives=arrays)
     return _cost(Phase.PUBLISH, work, learner, dispatches=2)
+
+
+def trained_parameters(model: ModelConfig, layout: Layout) -> int:
+    """Parameters on one device that have gradients and optimizer state: the adapter's, or all."""
+    return adapter_parameters(model, layout) if model.lora else held_parameters(model, layout)
+
+
+def trained_arrays(model: ModelConfig) -> int:
+    """Their arrays."""
+    return adapter_arrays(model) if model.lora else num_arrays(model)
 
 
 def held_parameters(model: ModelConfig, layout: Layout) -> int:
@@ -187,9 +213,12 @@ def held_parameters(model: ModelConfig, layout: Layout) -> int:
     width = model.width // layout.fsdp
     norms = 2 * model.width + (2 * model.head_size if model.qk_norm else 0)
     biases = (part.query + 2 * part.kv) if model.qkv_bias else 0
-    matrices = 2 * part.query + 2 * part.kv + (3 if model.gated_mlp else 2) * part.ffw
+    matrices = 2 * part.query + 2 * part.kv + model.num_experts
+    mlp = (3 if model.gated_mlp else 2) * part.ffw * width
+    if model.num_experts:
+        mlp = held_experts(model, part, layout)
     outer = (1 if model.tied_embeddings else 2) * part.vocab * width + model.width
-    return outer + model.num_layers * (width * matrices + norms + biases)
+    return outer + model.num_layers * (width * matrices + mlp + norms + biases)
 
 
 def num_arrays(model: ModelConfig) -> int:
@@ -203,8 +232,8 @@ def _layer_arrays(model: ModelConfig) -> int:
 
 
 def _layer_matrices(model: ModelConfig) -> int:
-    """q, k, v, attention out, up, down, and the gate."""
-    return 7 if model.gated_mlp else 6
+    """q, k, v, attention out, up, down, the gate, and the router."""
+    return (7 if model.gated_mlp else 6) + (1 if model.num_experts else 0)
 
 
 def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
@@ -222,27 +251,26 @@ def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCos
 
 
 def _scoring(
-    model: ModelConfig, layout: Layout, row_tokens: int, rows: int, chunk_tokens: int
-) -> Work:
+    model: ModelConfig, layout: Layout, row_tokens: int, rows: int, chunk_tokens: int,
+    shared: SharedPrompts | None,
+) -> Work:  # fmt: skip
     local = ceil_div(rows, layout.row_shards)
     part = shard(model, layout)
     work = _embed(local * row_tokens, part, layout)
-    work += _layer(model, part, layout, local, row_tokens).times(model.num_layers)
-    work += _scored_head(local, row_tokens, part, layout, chunk_tokens)
+    work += _layer(model, part, layout, local, row_tokens, shared=shared).times(model.num_layers)
+    predicting = _predicting(row_tokens, shared)
+    work += _scored_head(local, predicting, part, layout, chunk_tokens)
     tokens = local * row_tokens
-    work += as_work(
-        traffic.forward(model, layout, tokens)
-        + traffic.scored_head(model, layout, tokens, trains=False)
-    )
+    work += as_work(traffic.score(model, layout, tokens, local * predicting))
     return work + _cast_weights(model, layout)
 
 
 def _layer(
-    model: ModelConfig, part: Shard, layout: Layout, rows: int, tokens: int, cached: int = 0
-) -> Work:
+    model: ModelConfig, part: Shard, layout: Layout, rows: int, tokens: int, cached: int = 0,
+    shared: SharedPrompts | None = None,
+) -> Work:  # fmt: skip
     """One layer forward on [rows, tokens]; against `cached` keys each, or within rows when 0."""
     e, m = layout.compute_bytes, rows * tokens
-    halves = 2 if model.gated_mlp else 1
     work = passes(2 * m * part.width, e, 2)  # RMSNorm: mean square, scale
     work += product(m, part.width, part.query + 2 * part.kv, e)
     rotated = 2 * m * (part.query + part.kv)
@@ -250,28 +278,60 @@ def _layer(
     if cached:
         work += _cached_attention(part, layout, rows, cached)
     else:
-        work += _packed_attention(part, layout, rows, tokens)
+        work += _packed_attention(part, layout, rows, tokens, shared)
     work += product(m, part.query, part.width, e)
     work += passes(5 * m * part.width, e, 3)  # residual sum, RMSNorm
-    work += product(m, part.width, halves * part.ffw, e)
-    work += passes((halves + 1) * m * part.ffw, e)
-    work += product(m, part.ffw, part.width, e)
+    work += _mlp(model, part, layout, m)
+    together = cached > 0 or layout.devices > 1
+    work += adapter_products(model, part, layout, m, together=together)
     return work + passes(3 * m * part.width, e)  # residual sum
 
 
-def _packed_attention(part: Shard, layout: Layout, rows: int, tokens: int) -> Work:
+def _mlp(model: ModelConfig, part: Shard, layout: Layout, tokens: int) -> Work:
+    """Two products and what is between them; of a mixture, those of the chosen experts."""
+    if model.num_experts:
+        return expert_mlp(model, part, layout, tokens)
+    e, halves = layout.compute_bytes, 2 if model.gated_mlp else 1
+    work = product(tokens, part.width, halves * part.ffw, e)
+    work += passes((halves + 1) * tokens * part.ffw, e)
+    return work + product(tokens, part.ffw, part.width, e)
+
+
+def _weight_products(model: ModelConfig, part: Shard, layout: Layout, tokens: int) -> Work:
+    """One product for each weight of a layer: q, k and v as one, gate and up as one."""
+    e, halves = layout.compute_bytes, 2 if model.gated_mlp else 1
+    return (
+        product(tokens, part.width, part.query + 2 * part.kv, e)
+        + product(tokens, part.query, part.width, e)
+        + product(tokens, part.width, halves * part.ffw, e)
+        + product(tokens, part.ffw, part.width, e)
+    )
+
+
+def _predicting(row_tokens: int, shared: SharedPrompts | None) -> int:
+    """Positions of a row that meet the head."""
+    return row_tokens - (shared.prompt_tokens if shared else 0)
+
+
+def _packed_attention(
+    part: Shard, layout: Layout, rows: int, tokens: int, shared: SharedPrompts | None
+) -> Work:
     """Scores and mix, 4 B T T N' H flops; the float32 scores pass through memory five times."""
-    scores = rows * part.heads * tokens * tokens
-    return _scores(part, layout, rows, tokens).times(2) + passes(3 * scores, FLOAT32_BYTES, 3)
+    pairs, _ = attended(tokens, shared)
+    both = _scores(part, layout, rows, tokens, shared).times(2)
+    return both + passes(3 * rows * part.heads * pairs, FLOAT32_BYTES, 3)
 
 
-def _scores(part: Shard, layout: Layout, rows: int, tokens: int) -> Work:
+def _scores(
+    part: Shard, layout: Layout, rows: int, tokens: int, shared: SharedPrompts | None
+) -> Work:
     """One of the two products of attention, 2 B T T N' H flops."""
-    e, scores = layout.compute_bytes, rows * part.heads * tokens * tokens
+    pairs, keys = attended(tokens, shared)
+    e, scores = layout.compute_bytes, rows * part.heads * pairs
     return Work(
         flops=2.0 * scores * part.query / part.heads,
-        hbm_bytes=float(e * rows * tokens * (part.query + part.kv) + FLOAT32_BYTES * scores),
-        launches=1,
+        hbm_bytes=float(e * rows * (tokens * part.query + keys * part.kv) + FLOAT32_BYTES * scores),
+        launches=1 if shared is None else 2,
     )
 
 
@@ -280,10 +340,10 @@ def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work
     scores = rows * part.heads * keys
     read = Work(
         flops=4.0 * scores * part.query / part.heads,
-        hbm_bytes=float(2 * layout.kv_bytes * rows * keys * part.kv),
+        hbm_bytes=2.0 * rows * keys * cached_bytes(part, layout),
         launches=2,
     )
-    write = passes(2 * rows * part.kv, layout.kv_bytes, 2)
+    write = passes(2 * rows * cached_bytes(part, layout), 1, 2)
     return streaming(read) + write + passes(4 * scores, FLOAT32_BYTES, 4)
 
 
@@ -318,7 +378,12 @@ def _sample(rows: int, model: ModelConfig, part: Shard) -> Work:
 
 
 def _cast_weights(model: ModelConfig, layout: Layout) -> Work:
-    """Stored parameters in the compute type, once."""
+    """Stored parameters in the compute type, once. Frozen ones are stored in it; the adapter in float32."""
+    if model.lora:
+        both = FLOAT32_BYTES + layout.compute_bytes
+        same = layout.compute_bytes == FLOAT32_BYTES
+        held, arrays = adapter_parameters(model, layout), adapter_arrays(model)
+        return Work() if same else passes(held, both, arrays)
     if layout.param_dtype == layout.compute_dtype:
         return Work()
     both = layout.param_bytes + layout.compute_bytes
@@ -327,4 +392,4 @@ def _cast_weights(model: ModelConfig, layout: Layout) -> Work:
 
 def _add_gradients(model: ModelConfig, layout: Layout) -> Work:
     """One micro-batch's gradients added to the accumulated ones, in float32."""
-    return passes(3 * held_parameters(model, layout), FLOAT32_BYTES, num_arrays(model))
+    return passes(3 * trained_parameters(model, layout), FLOAT32_BYTES, trained_arrays(model))

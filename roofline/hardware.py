@@ -36,9 +36,13 @@ class Efficiency:
     kernel_s: float | None = None
     """Fixed time per kernel [s] where a phase differs from `Hardware.kernel_s`; None: it does not.
     """
+    call_s: float = 0.0
+    """Host time of one call of the phase that no dispatch counts: Python, transfers, waiting [s]."""
 
     def __post_init__(self) -> None:
         """Refuse shares that are not shares."""
+        if self.call_s < 0:
+            raise ValueError(f"efficiency call_s={self.call_s} must be >= 0: it is a time")
         for name in ("compute", "memory", "link"):
             value = getattr(self, name)
             if not 0 < value <= 1:
@@ -88,12 +92,21 @@ class Hardware:
     contention: float = 1.0
     """How many times longer a phase takes while another lane computes all along; 1 on real
     accelerators."""
+    phase_contention: Mapping[str, float] = field(default_factory=dict)
+    """The same by phase (`Phase` value), where calibration ran the trainer's own lanes."""
+    verifier_contention: Mapping[str, float] = field(default_factory=dict)
+    """How many times longer a phase takes while groups are with the verifiers, by phase; phases not named
+    are not slowed."""
+    measured_for: Mapping[str, Any] = field(default_factory=dict)
+    """Model and workload whose shapes were measured, by field; empty: a device alone."""
     calibrated: bool = False
     """True when measured here, False when read from a datasheet."""
     source: tuple[str, ...] = ()
     """Where the numbers come from."""
+    disturbance: str = ""
+    """What made the calibration untrustworthy, usually other programs at work; empty: nothing."""
     date: str = ""
-    """Day of the calibration or of the datasheet reading, ISO 8601."""
+    """When it was calibrated, or the day the datasheet was read; ISO 8601."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Software the calibration ran on: jax, jaxlib, python, device kind."""
     held_out: Mapping[str, float] = field(default_factory=dict)
@@ -116,11 +129,17 @@ class Hardware:
                 raise ValueError(
                     f"hardware {self.name!r}: {name}={getattr(self, name)} must be >= 0"
                 )
-        if self.contention < 1:
-            raise ValueError(
-                f"hardware {self.name!r}: contention={self.contention} must be at least 1, "
-                "which means that lanes do not disturb each other"
-            )
+        slower = {"contention": self.contention} | {
+            f"{kind}[{name}]": value
+            for kind in ("phase_contention", "verifier_contention")
+            for name, value in getattr(self, kind).items()
+        }
+        for name, value in slower.items():
+            if value < 1:
+                raise ValueError(
+                    f"hardware {self.name!r}: {name}={value} must be at least 1, "
+                    "which means that lanes do not disturb each other"
+                )
 
     def peak(self, dtype: str) -> float:
         """Dense peak for matrix products in `dtype` [FLOP/s]."""
@@ -134,6 +153,10 @@ class Hardware:
     def efficiency_of(self, phase: Phase) -> Efficiency:
         """Shares of the peaks for this phase, or the general ones where it was not measured."""
         return self.phase_efficiency.get(phase.value, self.efficiency)
+
+    def contention_of(self, phase: Phase) -> float:
+        """How many times longer this phase takes while another lane computes all along."""
+        return self.phase_contention.get(phase.value, self.contention)
 
     def critical_intensity(self, dtype: str) -> float:
         """Flops per byte at which memory stops binding: peak / bandwidth (scaling book,

@@ -9,6 +9,7 @@ sharding and gpus chapters.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from models.config import ModelConfig
 from roofline.hardware import DTYPE_BYTES
@@ -27,6 +28,9 @@ class Layout:
     them too."""
     tensor: int = 1
     """Tensor parallel devices: heads, ffw and vocabulary are split over them."""
+    expert: int = 1
+    """Of the devices that rows are split over, how many each layer's experts are dealt to; tokens
+    then go to their experts and back by all-to-all."""
     compute_dtype: str = "float32"
     """Type of the matrix products and of their operands."""
     param_dtype: str = "float32"
@@ -34,12 +38,21 @@ class Layout:
     snapshot."""
     kv_dtype: str = "float32"
     """Type of cached keys and values."""
+    kv_scale_bytes: int = 0
+    """Bytes of the scale that stands beside the cached key, and the value, of each head and token."""
 
     def __post_init__(self) -> None:
         """Refuse sizes and types that mean nothing."""
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "tensor", "expert"):
             if getattr(self, name) < 1:
                 raise ValueError(f"layout {name}={getattr(self, name)} must be at least 1 device")
+        if self.row_shards % self.expert or max(self.fsdp, self.expert) % min(
+            self.fsdp, self.expert
+        ):
+            raise ValueError(
+                f"layout expert={self.expert} must divide data * fsdp = {self.row_shards}, and "
+                f"divide fsdp={self.fsdp} or be a multiple of it"
+            )
         for name in ("compute_dtype", "param_dtype", "kv_dtype"):
             if getattr(self, name) not in DTYPE_BYTES:
                 raise ValueError(
@@ -130,12 +143,14 @@ def shard(model: ModelConfig, layout: Layout) -> Shard:
     """Part of the model that one device computes with.
 
     Raises:
-        ValueError: the tensor axis does not divide kv heads and ffw size, or fsdp not the width.
+        ValueError: the tensor axis does not divide kv heads and ffw size, fsdp not the width, or
+            expert not the experts.
     """
     for axis, parts, name, size in (
         ("tensor", layout.tensor, "num_kv_heads", model.num_kv_heads),
         ("tensor", layout.tensor, "ffw_size", model.ffw_size),
         ("fsdp", layout.fsdp, "width", model.width),
+        ("expert", layout.expert, "num_experts", max(1, model.num_experts)),
     ):
         if size % parts:
             allowed = [n for n in range(1, size + 1) if size % n == 0]
@@ -150,6 +165,18 @@ def shard(model: ModelConfig, layout: Layout) -> Shard:
         vocab=model.vocab_size // vocab_shards,
         vocab_shards=vocab_shards,
     )
+
+
+def stored_in(cache_dtype: str) -> dict[str, Any]:
+    """Fields of a Layout whose cache is of `rollout.cache_dtype`: 8 bits stand beside a float32 scale."""
+    name = "float8" if cache_dtype == "float8_e4m3" else cache_dtype
+    return {"kv_dtype": name, "kv_scale_bytes": FLOAT32_BYTES if DTYPE_BYTES[name] == 1 else 0}
+
+
+def cached_bytes(part: Shard, layout: Layout) -> float:
+    """Bytes of one token's keys, or values, in one layer: K' (H values and a scale)."""
+    kv_heads = part.kv * part.heads / part.query
+    return part.kv * layout.kv_bytes + kv_heads * layout.kv_scale_bytes
 
 
 def ceil_div(amount: int, parts: int) -> int:

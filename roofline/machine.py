@@ -14,7 +14,7 @@ from pathlib import Path
 from models.config import ModelConfig
 from roofline.cost import Remat
 
-FORMAT = 1
+FORMAT = 3
 """Raised when what a stored calibration means changes; older files are then not found."""
 
 
@@ -40,6 +40,8 @@ class Workload:
     """What backward recomputes."""
     reference: bool = False
     """Whether log-probabilities under a reference are part of a step."""
+    mesh: str = ""
+    """Devices of both lanes by axis, where the trainer's own lanes are measured."""
 
 
 def processor() -> str:
@@ -59,6 +61,26 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def busy_core_s() -> float | None:
+    """Seconds that the cores of this process have worked since boot, for any program; a virtual
+    machine's cores also for other machines. None where the system does not tell."""
+    try:
+        lines = Path("/proc/stat").read_text(encoding="ascii").splitlines()
+        usable = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    except (OSError, AttributeError):
+        return None
+    rows = [line.split() for line in lines]
+    ticks = [row[1:] for row in rows if row and row[0] in usable]
+    working = (0, 1, 2, 5, 6, 7)  # user, nice, system, irq, softirq, steal; not idle, iowait
+    total = sum(int(row[i]) for row in ticks for i in working if i < len(row))
+    return total / os.sysconf("SC_CLK_TCK") if total else None
+
+
+def own_s() -> float:
+    """Seconds that cores have worked for this process and for those of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def host_memory_bytes() -> int:

@@ -1,15 +1,37 @@
 """Bytes that one device must hold, by name, for learner and rollout. Standard library only.
 
-Activation counts follow the scaling book (transformers and applied-training chapters): without
-recomputation a layer keeps every operand of its products and elementwise maps; with block
-recomputation one residual per layer.
+What a compiled program adds to its arguments follows its schedule. In training the layers' activations
+stand while the larger of two things comes and goes: the head's chunk of logits with the gradient of its
+matrix, or one layer differentiated beside all gradients. The sizes are those of the programs that XLA
+makes of `models` and `jaxrl.learner`; tests/jaxrl/test_memory_plan.py compares them with the compiler's
+own plan.
+Letters: B rows, T tokens, L layers, D width, N query heads, K kv heads, H head size, F ffw, V vocabulary,
+c tokens whose logits exist at once; a prime marks a size divided over the tensor axis.
 """
 
 from __future__ import annotations
 
+import functools
+
 from models.config import ModelConfig
-from roofline.cost import KV_BLOCK_TOKENS, Remat, held_parameters
-from roofline.kernels import FLOAT32_BYTES, Layout, ceil_div, round_up, shard
+from roofline.cost import KV_BLOCK_TOKENS, Remat, held_parameters, trained_parameters
+from roofline.kernels import FLOAT32_BYTES, Layout, cached_bytes, ceil_div, round_up, shard
+from roofline.phases import Phase
+
+HELD = frozenset({
+    "parameters", "adapter", "gradients", "optimizer", "reference", "snapshots", "kv_cache",
+})  # fmt: skip
+"""Names of what stands before and after a program; the others come and go within one."""
+SCORES_AT_ONCE = 2**20
+"""float32 scores of one block of attention; equals models.layers.SCORES_AT_ONCE."""
+FORWARD_SCORES, BACKWARD_SCORES = 2, 3
+"""Arrays of them: the scores and the weights; in backward also the gradient."""
+BACKWARD_SHARE, REMADE_SHARE = 1.9, 0.4
+"""Values of one layer in backward, per value of its weight products: gradients and what is always made
+again, and more where the products are. Least squares over 22 programs of small models compiled for a CPU
+(float32: 1.7 to 2.5, and 0.9 more) and an H200 (bfloat16: 1.2 to 2.7, and 0.1 more)."""
+HIDDEN_ARRAYS = 4
+"""Arrays [B, T, D] beside the head's logits: its input and gradient, as they are and in chunks."""
 
 
 def memory_per_device(
@@ -30,48 +52,227 @@ def memory_per_device(
     `trains`: parameters in the stored type, float32 gradients, AdamW's mean and square in float32,
     activations of one micro-batch of [rows, row_tokens] and the logits of `chunk_tokens` tokens (0:
     of all tokens at once). `slots`, `max_len`: key and value cache of the rollout. `snapshots`:
-    copies of the weights in the compute type held by the rollout (2 while a new version arrives).
+    copies of the weights in the compute type held by the rollout (2 while a new version arrives). Of an
+    adapted model the adapter alone has gradients and optimizer state and is what snapshots copy.
 
     Raises:
         ValueError: the layout does not divide the model.
     """
-    part = shard(model, layout)
-    held = held_parameters(model, layout)
     sizes: dict[str, float] = {}
     if trains:
-        sizes["parameters"] = held * layout.param_bytes
-        sizes["gradients"] = held * FLOAT32_BYTES
-        sizes["optimizer"] = held * 2 * FLOAT32_BYTES
-        tokens = ceil_div(rows, layout.row_shards) * row_tokens
-        sizes["activations"] = _activation_bytes(model, layout, tokens, row_tokens, remat)
-        sizes["logits"] = 2.0 * min(chunk_tokens or tokens, tokens) * part.vocab * FLOAT32_BYTES
-        if layout.fsdp > 1:
-            sizes["gathered_layer"] = model.layer_parameters / layout.tensor * layout.compute_bytes
+        trained = trained_parameters(model, layout)
+        sizes["parameters"] = held_parameters(model, layout) * layout.param_bytes
+        if model.lora:
+            sizes["adapter"] = trained * FLOAT32_BYTES
+        sizes["gradients"] = trained * FLOAT32_BYTES
+        sizes["optimizer"] = trained * 2 * FLOAT32_BYTES
+        tokens = _local(layout, rows) * row_tokens
+        chunk = _chunk(layout, rows, row_tokens, chunk_tokens)
+        sizes["activations"] = _kept_bytes(model, layout, tokens, remat)
+        sizes["working"] = _training_bytes(model, layout, rows, row_tokens, chunk, remat)
     if snapshots:
-        sizes["snapshots"] = snapshots * model.num_parameters / layout.tensor * layout.compute_bytes
+        sizes["snapshots"] = _snapshot_bytes(model, layout, snapshots)
     if slots:
         sizes["kv_cache"] = kv_cache_bytes(model, layout, slots, max_len)
-        sizes["step_logits"] = (
-            2.0 * ceil_div(slots, layout.row_shards) * model.vocab_size * FLOAT32_BYTES
-        )
+        sizes["step_logits"] = 2 * _local(layout, slots) * model.vocab_size * FLOAT32_BYTES
+        sizes["fused_weights"] = _matrix_bytes(model, layout)
     return {name: round(size) for name, size in sizes.items()}
 
 
+def program_memory(
+    model: ModelConfig,
+    layout: Layout,
+    phase: Phase,
+    *,
+    rows: int = 0,
+    row_tokens: int = 0,
+    remat: Remat = "none",
+    chunk_tokens: int = 0,
+) -> dict[str, int]:
+    """Bytes by name on the busiest device while one program of the phase runs, without what only
+    other programs use.
+
+    rows and row_tokens are those of the packed batch, of the prompts, or of the slots and their cache.
+
+    Raises:
+        ValueError: a phase that is no program, or a layout that does not divide the model.
+    """
+    of_training = ("parameters", "adapter", "gradients", "optimizer")
+    every = memory_per_device(
+        model, layout, trains=True, rows=rows, row_tokens=row_tokens, remat=remat,
+        chunk_tokens=chunk_tokens, slots=rows, max_len=row_tokens, snapshots=1,
+    )  # fmt: skip
+    tokens = _local(layout, rows) * row_tokens
+    match phase:
+        case Phase.TRAIN:
+            names = ("parameters", "adapter", "gradients", "activations", "working")
+        case Phase.OPTIMIZER:
+            names = of_training
+        case Phase.DECODE:
+            names = ("snapshots", "kv_cache", "step_logits", "fused_weights")
+        case Phase.SCORE | Phase.REFERENCE:
+            chunk = _chunk(layout, rows, row_tokens, chunk_tokens)
+            every["scoring"] = round(_scoring_bytes(model, layout, rows, row_tokens, chunk))
+            names = ("parameters", "adapter", "scoring")
+        case Phase.PREFILL:
+            kv = 2 * shard(model, layout).kv * layout.kv_bytes
+            every["prompt_cache"] = model.num_layers * tokens * kv
+            every["layer"] = round(_forward_bytes(model, layout, rows, row_tokens))
+            every["layer"] += tokens * kv
+            every["keys_laid_out"] = every["prompt_cache"] // 2
+            names = ("snapshots", "prompt_cache", "layer", "keys_laid_out")
+        case Phase.PUBLISH:
+            whole = trained_parameters(model, layout) * layout.fsdp * layout.compute_bytes
+            every["copy"] = whole
+            every["gathering"] = whole // 2 if layout.fsdp > 1 else 0
+            names = ("parameters", "copy", "gathering")
+        case _:
+            raise ValueError(f"phase {phase} is no program")
+    return {name: every[name] for name in names if name in every}
+
+
 def kv_cache_bytes(model: ModelConfig, layout: Layout, slots: int, max_len: int) -> int:
-    """Keys and values of one device, 2 L B' S K' H values; S rounded up to the cache's blocks."""
-    values = model.num_layers * ceil_div(slots, layout.row_shards) * shard(model, layout).kv
-    return 2 * values * round_up(max_len, KV_BLOCK_TOKENS) * layout.kv_bytes
+    """Keys and values of one device, 2 L B' S K' H values and their scales; S rounded up to the cache's
+    blocks."""
+    tokens = _local(layout, slots) * round_up(max_len, KV_BLOCK_TOKENS)
+    return round(2 * model.num_layers * tokens * cached_bytes(shard(model, layout), layout))
 
 
-def _activation_bytes(
-    model: ModelConfig, layout: Layout, tokens: int, row_tokens: int, remat: Remat
+def _local(layout: Layout, rows: int) -> int:
+    """Rows of the fullest device."""
+    return ceil_div(rows, layout.row_shards)
+
+
+def _chunk(layout: Layout, rows: int, row_tokens: int, chunk_tokens: int) -> int:
+    """c on one device: chunks run along the row, T in ceil(T / max(1, chunk // B)) equal parts."""
+    parts = ceil_div(row_tokens, max(1, chunk_tokens // max(1, rows))) if chunk_tokens else 1
+    return _local(layout, rows) * ceil_div(row_tokens, max(1, parts))
+
+
+def _kept_bytes(model: ModelConfig, layout: Layout, tokens: int, remat: Remat) -> float:
+    """Kept for backward: of each layer its input, the attended heads and, where nothing is
+    recomputed, the results of all its weight products but the last."""
+    part = shard(model, layout)
+    values = part.width + part.query
+    if remat == "none":
+        values += _product_values(model, layout)
+    return float(model.num_layers * tokens * values * layout.compute_bytes)
+
+
+def _product_values(model: ModelConfig, layout: Layout) -> int:
+    """Results of one token's weight products in a layer: q, k, v, attention out, gate and up."""
+    part, halves = shard(model, layout), 2 if model.gated_mlp else 1
+    return part.query + 2 * part.kv + part.width + halves * _hidden_units(model, layout)
+
+
+def _hidden_units(model: ModelConfig, layout: Layout) -> int:
+    """F' of the MLP, or of all experts that a token goes through."""
+    return shard(model, layout).ffw * max(1, model.experts_per_token)
+
+
+def _training_bytes(
+    model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int, remat: Remat
 ) -> float:
-    """Saved for backward over L layers, and the inside of one layer while it is differentiated."""
+    """What comes and goes beside the kept activations: the head's backward, or a layer's."""
     part, e = shard(model, layout), layout.compute_bytes
-    ffw = (3 if model.gated_mlp else 2) * part.ffw
-    inside = tokens * (6 * part.width + 2 * (part.query + 2 * part.kv) + ffw) * e
-    scores = tokens * row_tokens * part.heads * (FLOAT32_BYTES + e)
-    residual = tokens * part.width * e
+    matrix, tokens = part.vocab * part.width, _local(layout, rows) * row_tokens
+    logits = _logit_arrays(layout, trains=True) * chunk * part.vocab * FLOAT32_BYTES
+    of_matrix = 0 if model.lora else matrix * FLOAT32_BYTES
+    head = _copied_matrix(model, layout) + of_matrix + logits
+    head += HIDDEN_ARRAYS * tokens * part.width * e
+    layer = trained_parameters(model, layout) * FLOAT32_BYTES
+    layer += _weight_bytes(model, layout)
+    layer += _backward_bytes(model, layout, rows, row_tokens, remat)
+    return float(max(head, layer))
+
+
+def _logit_arrays(layout: Layout, *, trains: bool) -> float:
+    """Arrays of c V' values, in float32s. In bfloat16, where a GPU fuses what follows the product: the
+    logits, and for training their gradient; in float32, where a CPU writes most steps out, more."""
+    if layout.compute_bytes == FLOAT32_BYTES:
+        return 4.5 if trains else 2.0
+    return 1.0 + (layout.compute_bytes / FLOAT32_BYTES if trains else 0.0)
+
+
+def _backward_bytes(
+    model: ModelConfig, layout: Layout, rows: int, row_tokens: int, remat: Remat
+) -> float:
+    """One layer differentiated: what backward makes again of it, the gradients of its products, and
+    the float32 scores of one block of attention."""
+    e, tokens = layout.compute_bytes, _local(layout, rows) * row_tokens
+    values = BACKWARD_SHARE * _product_values(model, layout)
     if remat == "block":
-        return model.num_layers * residual + inside + scores
-    return model.num_layers * (inside + scores)
+        values += REMADE_SHARE * _product_values(model, layout)
+    scores = _scores(model, layout, rows, row_tokens)
+    return tokens * values * e + BACKWARD_SCORES * scores * FLOAT32_BYTES
+
+
+def _scoring_bytes(
+    model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int
+) -> float:
+    """What comes and goes in a forward pass: one chunk of logits, or the inside of one layer."""
+    part = shard(model, layout)
+    logits = _logit_arrays(layout, trains=False) * chunk * part.vocab * FLOAT32_BYTES
+    hidden = _local(layout, rows) * row_tokens * part.width * layout.compute_bytes
+    head = _copied_matrix(model, layout) + logits + hidden
+    return float(max(head, _forward_bytes(model, layout, rows, row_tokens)))
+
+
+def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:
+    """The inside of one layer, with its input and the residual, beside the copy of the embedding: the
+    MLP's halves and their product; the halves and the gathered weights; or the queries (also rotated),
+    keys, values, heads and scores of attention."""
+    part, halves = shard(model, layout), 2 if model.gated_mlp else 1
+    of_tokens = _local(layout, rows) * row_tokens * layout.compute_bytes
+    units = _hidden_units(model, layout) * of_tokens
+    gathered = _weight_bytes(model, layout) / 2 if layout.fsdp > 1 else 0.0
+    attention = (3 * part.query + 2 * part.kv) * of_tokens
+    attention += FORWARD_SCORES * _scores(model, layout, rows, row_tokens) * FLOAT32_BYTES
+    inside = max((halves + 1) * units, halves * units + gathered, attention)
+    kept = _copied_matrix(model, layout) if layout.fsdp > 1 else 0
+    return float(inside + 2 * model.width * of_tokens + kept)
+
+
+def _scores(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:
+    """One device's float32 scores of one block of queries: all rows' scores [B, N, T, T] in the fewest
+    equal blocks of at most SCORES_AT_ONCE (models.layers.packed_attention)."""
+    every = rows * model.num_heads * row_tokens * row_tokens
+    return every / _blocks(every, row_tokens) / (layout.row_shards * layout.tensor)
+
+
+@functools.cache
+def _blocks(scores: int, queries: int) -> int:
+    """The least divisor of `queries` that makes blocks of at most SCORES_AT_ONCE."""
+    fitting = (
+        n for n in range(1, queries + 1) if queries % n == 0 and scores <= n * SCORES_AT_ONCE
+    )
+    return next(fitting, max(1, queries))
+
+
+def _copied_matrix(model: ModelConfig, layout: Layout) -> int:
+    """The head's matrix in the compute type with its width gathered; 0 where it stands so anyway."""
+    if layout.fsdp == 1 and layout.compute_bytes == layout.param_bytes:
+        return 0
+    part = shard(model, layout)
+    return part.vocab * part.width * layout.compute_bytes
+
+
+def _weight_bytes(model: ModelConfig, layout: Layout) -> float:
+    """One layer's weights in the compute type, and its gradients or the next layer's weights."""
+    return 2 * model.layer_parameters / layout.tensor * layout.compute_bytes
+
+
+def _matrix_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Matrices of all layers, laid side by side for decode: a copy of them."""
+    part = shard(model, layout)
+    matrices = part.width * (2 * part.query + 2 * part.kv)
+    matrices += model.mlp_parameters * max(1, model.num_experts) // (layout.tensor * layout.expert)
+    return float(model.num_layers * matrices * layout.compute_bytes)
+
+
+def _snapshot_bytes(model: ModelConfig, layout: Layout, snapshots: int) -> float:
+    """Weights in the compute type; of an adapted model one base and the adapter of each snapshot."""
+    whole = model.num_parameters / layout.tensor
+    if model.lora:
+        return (whole + snapshots * trained_parameters(model, layout)) * layout.compute_bytes
+    return snapshots * whole * layout.compute_bytes

@@ -3,6 +3,8 @@
 Numbers from the models' public config.json files, as collected in Lightning-AI/litgpt@26857050
 litgpt/config.py, AI-Hypercomputer/maxtext@e591f30c hf_model_configs.py and mlc-ai/mlc-llm@79d603f0
 model_preset.py (read November 2026); parameter counts checked against the published checkpoints.
+Mixtures of experts: arXiv:2505.09388 table 2 (Qwen3), arXiv:2401.04088 table 1 (Mixtral) and the
+config.json of the models.
 """
 
 from __future__ import annotations
@@ -43,8 +45,10 @@ def _model(
     theta: float = 1e6,
     eps: float = 1e-6,
     positions: int,
+    experts: tuple[int, int] = (0, 0),
 ) -> ZooModel:
-    """`heads`: query heads, kv heads, head size. Gemma: `family` gemma2 or gemma3, whose norms
+    """`heads`: query heads, kv heads, head size. `experts`: of a layer, and used by a token;
+    `ffw_size` is that of one. Gemma: `family` gemma2 or gemma3, whose norms
     and activation only this module knows."""
     gemma = family.startswith("gemma")
     config = ModelConfig(
@@ -62,6 +66,8 @@ def _model(
         qk_norm=family in ("qwen3", "gemma3"),
         qkv_bias=family == "qwen2",
         tied_embeddings=tied,
+        num_experts=experts[0],
+        experts_per_token=experts[1],
     )
     return ZooModel(config=config, norms_per_layer=4 if gemma else 2)
 
@@ -132,6 +138,22 @@ ZOO: Mapping[str, ZooModel] = {
     "mistral-small-24b": _model(
         "mistral", 40, 5120, (32, 8, 128), 32768, 131072,
         tied=False, theta=1e9, eps=1e-5, positions=131072,
+    ),
+    "qwen3-30b-a3b": _model(
+        "qwen3", 48, 2048, (32, 4, 128), 768, _QWEN,
+        tied=False, positions=40960, experts=(128, 8),
+    ),
+    "qwen3-235b-a22b": _model(
+        "qwen3", 94, 4096, (64, 4, 128), 1536, _QWEN,
+        tied=False, positions=40960, experts=(128, 8),
+    ),
+    "mixtral-8x7b": _model(
+        "mistral", 32, 4096, (32, 8, 128), 14336, 32000,
+        tied=False, eps=1e-5, positions=32768, experts=(8, 2),
+    ),
+    "mixtral-8x22b": _model(
+        "mistral", 56, 6144, (48, 8, 128), 16384, 32768,
+        tied=False, eps=1e-5, positions=65536, experts=(8, 2),
     ),
 }  # fmt: skip
 """Known models by lower-case name."""

@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import ModelConfig
-from roofline.choose import find_hardware, find_model, report_errors
+from roofline.choose import find_hardware, find_model, is_measured_for, report_errors
 from roofline.hardware import Hardware
 from roofline.lengths import Lengths, lognormal, measured
+from roofline.phases import Phase
 from roofline.settings import Settings, model_of, read_settings
 from roofline.splits import (
     Job,
@@ -41,6 +42,8 @@ ASSUMED_MEAN, ASSUMED_SIGMA = 0.5, 0.6
 MOST_DEVICES = 4096
 """Where the search for the smallest feasible number of devices ends."""
 SHOWN = 12
+VOCABULARY = 128
+"""Of a policy built from scratch, whose tokenizer nobody has made yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +186,8 @@ def parser(prog: str, doc: str, *, config: str | None = None) -> argparse.Argume
     add("--hardware", default="this", help="datasheet name, JSON file, run folder, or 'this'")
     add("--devices", type=int, default=8, help="all devices (default: 8)")
     add("--model", help="instead of the configuration's: name, config.json or run folder")
-    add("--vocab-size", type=int, default=128, help="of a policy built from scratch (default: 128)")
+    add("--vocab-size", type=int, help="of a policy built from scratch (default: the calibration's "
+        f"where it is for this configuration, else {VOCABULARY})")  # fmt: skip
     add("--lengths", type=Path, help="run folder whose samples.jsonl gives completion lengths")
     add("--mean-tokens", type=float, help="mean completion (default: half of its limit)")
     add("--sigma", type=float, default=ASSUMED_SIGMA, help="spread of log length (default: 0.6)")
@@ -191,13 +195,14 @@ def parser(prog: str, doc: str, *, config: str | None = None) -> argparse.Argume
     return described
 
 
-def job_of(options: argparse.Namespace, words: Sequence[str]) -> Job:
-    """The job that a command line describes.
+def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple[Job, Hardware]:
+    """The job and the machine that a command line describes.
 
     Raises:
         ValueError: something in it does not exist or does not go together.
     """
     settings = read_settings(options.config, words)
+    hardware = find_hardware(options.hardware, settings)
     limit = settings.rollout.max_new_tokens
     if options.lengths is not None:
         lengths = measured(options.lengths)
@@ -205,17 +210,20 @@ def job_of(options: argparse.Namespace, words: Sequence[str]) -> Job:
         lengths = lognormal(options.mean_tokens, options.sigma, limit)
     else:
         lengths = lognormal(max(1.0, ASSUMED_MEAN * limit), options.sigma, limit)
+    vocab_size = options.vocab_size or VOCABULARY
+    if options.vocab_size is None and is_measured_for(hardware, settings):
+        vocab_size = hardware.measured_for["model"]["vocab_size"]
     if options.model is not None:
-        model = find_model(options.model, options.vocab_size)
+        model = find_model(options.model, vocab_size)
     else:
-        model = model_of(settings, options.vocab_size)
-    return Job(model=model, settings=settings, lengths=lengths)
+        model = model_of(settings, vocab_size)
+    return Job(model=model, settings=settings, lengths=lengths), hardware
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> None:
     if options.devices < 1:
         raise ValueError(f"--devices={options.devices} must be at least 1")
-    job, hardware = job_of(options, words), find_hardware(options.hardware)
+    job, hardware = job_and_hardware(options, words)
     advice = advise(job, hardware, options.devices)
     if options.svg:
         options.svg.write_text(split_svg(advice), encoding="utf-8")
@@ -247,8 +255,7 @@ def verdict(advice: Advice, job: Job, hardware: Hardware, devices: int) -> list[
     lines = [
         f"lengths: {job.lengths.source}; mean {job.lengths.mean:.0f} tokens",
         f"best: {describe(best)}: {si(best.step_s, 's')} per step, {best.samples_per_s:.4g} samples/s",
-        f"continuous optimum: {si(advice.optimum_s, 's')} per step with "
-        f"{advice.optimum_generators:.2f} of {devices} generating; regret {advice.regret:.1%}",
+        _regret(advice, devices),
     ]
     for fewer in _fewer(devices):
         try:
@@ -264,6 +271,39 @@ def verdict(advice: Advice, job: Job, hardware: Hardware, devices: int) -> list[
             f"{si(seen.asynchronous.step_s, 's')} ({describe(seen.asynchronous)})"
         )
     return lines
+
+
+def choice(advice: Advice, job: Job, devices: int) -> list[str]:
+    """The best split and why, for a run that takes it unasked."""
+    best = advice.best
+    generates = best.phase_s[Phase.PREFILL] + best.phase_s[Phase.DECODE]
+    learns = sum(best.phase_s.values()) - generates
+    lines = [
+        f"mesh auto: {describe(best)}, {best.slots} slots, {best.rows_per_microbatch} rows per "
+        f"micro-batch: the fastest of {len(advice.splits)} splits that fit {devices} devices",
+        f"  predicted {si(best.step_s, 's')} per step, {best.samples_per_s:.4g} samples/s, staleness "
+        f"{best.staleness:.2f}, idle {best.idle:.0%}; {job.lengths.source}",
+        f"  alone, generation takes {si(generates, 's')} of a step and learning {si(learns, 's')}",
+    ]
+    for name, others in (
+        ("other placement", [s for s in advice.splits if _placement(s) != _placement(best)]),
+        ("same placement, other sizes", [s for s in advice.splits[1:] if _placement(s) == _placement(best)]),
+    ):  # fmt: skip
+        if others:
+            slower = others[0].step_s / best.step_s - 1
+            lines.append(f"  next best, {name}: {describe(others[0])}, {slower:.1%} slower")
+    return [*lines, f"  {_regret(advice, devices)}"]
+
+
+def _placement(split: Split) -> tuple[bool, int]:
+    return split.colocated, split.learner.devices
+
+
+def _regret(advice: Advice, devices: int) -> str:
+    return (
+        f"continuous optimum: {si(advice.optimum_s, 's')} per step with "
+        f"{advice.optimum_generators:.2f} of {devices} generating; regret {advice.regret:.1%}"
+    )
 
 
 def _fewer(devices: int) -> list[int]:

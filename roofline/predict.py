@@ -3,7 +3,7 @@ library only.
 
     lower    = max(flops / C, bytes / W, link / Wl)                      everything overlaps
     upper    =     flops / C + bytes / W + link / Wl                     nothing overlaps
-    expected = dispatches * dispatch_s + launches * kernel_s             fixed times
+    expected = call_s + dispatches * dispatch_s + launches * kernel_s    fixed times
              + collectives * link_latency_s
              + max(flops / (ec C), (bytes - streamed) / (em W))          matrix products
              + streamed / (em W) + link / (el Wl)                        passes that nothing hides
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from roofline.hardware import Hardware
+from roofline.hardware import Efficiency, Hardware
 from roofline.phases import Phase, PhaseCost
 
 Bound = Literal["compute", "memory", "link", "overhead"]
@@ -50,20 +50,25 @@ class Prediction:
     """Fixed times of dispatches, kernels and collectives [s]."""
 
 
-def predict(cost: PhaseCost, hardware: Hardware) -> Prediction:
+def predict(
+    cost: PhaseCost, hardware: Hardware, efficiency: Efficiency | None = None
+) -> Prediction:
     """Seconds of one call with this cost, when nothing else runs on the device.
+
+    `efficiency`: instead of what the hardware knows of the phase.
 
     Raises:
         ValueError: the hardware has no peak for the cost's dtype.
     """
-    share = hardware.efficiency_of(cost.phase)
+    share = hardware.efficiency_of(cost.phase) if efficiency is None else efficiency
     peak = hardware.peak(cost.dtype)
     compute_s = cost.flops / peak
     memory_s = cost.hbm_bytes / hardware.hbm_bytes_per_s
     link_s = cost.link_bytes / hardware.link_bytes_per_s
     kernel_s = hardware.kernel_s if share.kernel_s is None else share.kernel_s
     overhead_s = (
-        cost.dispatches * hardware.dispatch_s
+        share.call_s
+        + cost.dispatches * hardware.dispatch_s
         + cost.launches * kernel_s
         + cost.collectives * hardware.link_latency_s
     )
@@ -110,6 +115,22 @@ def stretched(alone_s: float, share: float, contention: float) -> float:
     if share > 1:
         return alone_s * (1 + share * (contention - 1))
     return alone_s / (1 - share + share / contention)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Company:
+    """For what shares of a call others were at work, each in [0, 1]."""
+
+    lane: float = 0.0
+    """The other device lane."""
+    verifiers: float = 0.0
+    """At least one verifier."""
+
+
+def beside(alone_s: float, phase: Phase, company: Company, hardware: Hardware) -> float:
+    """Seconds of a call that takes `alone_s` by itself, in this company. The two slow it independently."""
+    lane_s = stretched(alone_s, company.lane, hardware.contention_of(phase))
+    return stretched(lane_s, company.verifiers, hardware.verifier_contention.get(phase.value, 1.0))
 
 
 LANES: Mapping[str, tuple[Phase, ...]] = {

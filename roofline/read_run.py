@@ -84,12 +84,7 @@ def read_run(folder: Path) -> Run:
     hardware = _read_hardware(folder / "hardware.json")
     config = _read_config(folder / "config.yaml", notes)
     dtype = config.get("model.dtype", "float32")
-    spans = tuple(
-        _span(value, f"{folder / 'spans.jsonl'}:{line}", dtype)
-        for line, value in _json_lines(folder / "spans.jsonl", notes, required=True)
-    )
-    if not spans:
-        raise ValueError(f"{folder / 'spans.jsonl'} holds no span; the run did no timed work yet")
+    spans = read_spans(folder / "spans.jsonl", dtype, notes)
     metrics = tuple(value for _, value in _json_lines(folder / "metrics.jsonl", notes))
     return Run(
         folder=folder,
@@ -100,6 +95,19 @@ def read_run(folder: Path) -> Run:
         config=config,
         notes=tuple(notes),
     )
+
+
+def read_spans(path: Path, dtype: str, notes: list[str] | None = None) -> tuple[Span, ...]:
+    """The spans of a file, in its order. `dtype`: of costs that name none; `notes`: gets what is torn.
+
+    Raises:
+        ValueError: as `read_run`.
+    """
+    lines = _json_lines(path, [] if notes is None else notes, required=True)
+    spans = tuple(read_span(value, f"{path}:{line}", dtype) for line, value in lines)
+    if not spans:
+        raise ValueError(f"{path} holds no span; the run did no timed work yet")
+    return spans
 
 
 def _read_hardware(path: Path) -> Hardware:
@@ -152,7 +160,12 @@ def _json_lines(
     return rows
 
 
-def _span(value: Mapping[str, Any], where: str, dtype: str) -> Span:
+def read_span(value: Mapping[str, Any], where: str, dtype: str) -> Span:
+    """One line of spans.jsonl. `where`: for errors; `dtype`: of a cost that names none.
+
+    Raises:
+        ValueError: a field is missing or does not hold what it should.
+    """
     try:
         phase = Phase(value["phase"])
         return Span(

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
-from models.config import ModelConfig
+from models.config import ALL_LINEAR, Lora, ModelConfig
+from models.rows import SharedPrompts
 from roofline import model_zoo
 from roofline.cost import Remat
+from roofline.machine import Workload
 
 MISSPELT = 0.85
 """Similarity from which an unknown key is taken for a misspelt one."""
@@ -56,8 +58,26 @@ class TrainSettings:
     """Packing."""
 
     row_tokens: int = 64
+    shared_prompt_tokens: int = 0
+    row_parts: int = 1
     rows_per_microbatch: int = 64
     logprob_chunk_tokens: int = 4096
+
+    @property
+    def shared_prompts(self) -> SharedPrompts | None:
+        """How rows are divided; None: samples bring their own prompts."""
+        if not self.shared_prompt_tokens:
+            return None
+        return SharedPrompts(prompt_tokens=self.shared_prompt_tokens, parts=self.row_parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """An adapter in place of the weights; rank 0: none."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = ALL_LINEAR
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +89,11 @@ class RolloutSettings:
     max_prompt_tokens: int = 32
     max_new_tokens: int = 32
     max_staleness: int = 1
+    cache_dtype: str = "auto"
+
+    def stored_dtype(self, compute: str) -> str:
+        """Type of cached keys and values where the model computes in `compute`."""
+        return compute if self.cache_dtype == "auto" else self.cache_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +104,14 @@ class GrpoSettings:
     group_size: int = 8
     kl_weight: float = 0.0
     log_reference: bool = False
+    minibatches: int = 1
+    epochs: int = 1
+    advantage_baseline: str = "mean"
+    kl_in: str = "loss"
+    ratio_from: str = "sampler"
+    sequence_mask: str = "none"
+    entropy_shaping: float = 0.0
+    top_entropy_share: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +120,7 @@ class Settings:
 
     model: ModelSettings = field(default_factory=ModelSettings)
     task: TaskSettings = field(default_factory=TaskSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
@@ -105,6 +139,26 @@ class Settings:
     def scores_reference(self) -> bool:
         """Whether a step scores its samples under a frozen reference."""
         return self.grpo.kl_weight != 0 or self.grpo.log_reference
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates on one batch of samples."""
+        return self.grpo.minibatches * self.grpo.epochs
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over the batch beside those of training: by the learner, by the reference."""
+        grpo = self.grpo
+        later = self.updates_per_step > 1 and (
+            grpo.ratio_from == "learner" or grpo.sequence_mask != "none" or grpo.entropy_shaping > 0
+        )
+        scores_first = (
+            later
+            or grpo.advantage_baseline == "value"
+            or grpo.kl_in == "reward"
+            or grpo.top_entropy_share < 1
+        )
+        return int(scores_first) + int(self.scores_reference)
 
 
 def read_settings(name: str, words: Sequence[str] = ()) -> Settings:
@@ -194,6 +248,8 @@ def _filled(
         if key in known:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=MISSPELT if others_allowed else 0)
+        if others_allowed and near and key.startswith(f"{near[0]}_"):
+            continue  # a longer name of its own, such as entropy_shaping_bound
         if (others_allowed and near) or (given is not None and key in given):
             raise ValueError(f"{where}unknown setting {key}; did you mean {near[0]}?")
     chosen: dict[str, dict[str, Any]] = {name: {} for name in sections}
@@ -217,13 +273,34 @@ def _typed(value: Any, default: Any, where: str) -> Any:
     return value
 
 
+def workload_of(settings: Settings) -> Workload:
+    """The shapes at which calibration measures a run's phases."""
+    rollout, train = settings.rollout, settings.train
+    return Workload(
+        slots=rollout.slots,
+        kv_len=settings.max_tokens,
+        chunk_steps=rollout.chunk_steps,
+        rows=train.rows_per_microbatch,
+        row_tokens=train.row_tokens,
+        chunk_tokens=train.logprob_chunk_tokens,
+        dtype=settings.model.dtype,
+        remat=settings.model.remat,
+        reference=settings.scoring_passes > 0,
+    )
+
+
 def model_of(settings: Settings, vocab_size: int) -> ModelConfig:
     """Architecture of the policy; `vocab_size` where it is built from scratch for a tokenizer.
 
     Raises:
-        ValueError: model.path has no readable config.json.
+        ValueError: model.path has no readable config.json, or lora.* describes no adapter.
     """
-    shape = settings.model
+    of = settings.lora
+    lora = None if of.rank == 0 else Lora.of(of.rank, of.alpha, of.targets)
+    return dataclasses.replace(_architecture(settings.model, vocab_size), lora=lora)
+
+
+def _architecture(shape: ModelSettings, vocab_size: int) -> ModelConfig:
     if shape.path is not None:
         return model_zoo.find_model(shape.path).config
     return ModelConfig(

@@ -24,14 +24,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from roofline.choose import find_hardware, report_errors
+from roofline.analyse import companies
+from roofline.choose import report_errors
 from roofline.events import Mode, Pipeline, Simulation, simulate
 from roofline.hardware import Hardware
 from roofline.kernels import Layout, ceil_div
 from roofline.lengths import measured
 from roofline.phases import Phase
-from roofline.plan import advise, describe, job_of, parser
-from roofline.predict import LANES
+from roofline.plan import advise, describe, job_and_hardware, parser
+from roofline.predict import LANES, Company
 from roofline.read_run import Run, read_run
 from roofline.settings import read_settings
 from roofline.splits import Job, Split, learner_option, rollout_option, spanning, split_of
@@ -105,12 +106,13 @@ def pipeline_of_run(run: Run) -> Pipeline:
     """The pipeline with a finished run's own settings and measured phases.
 
     A phase's seconds are its mean span, less what the other lane took from it: spans measured
-    while both lanes compute are `contention` times longer. Each lane's time between its spans
+    while the other lane is at work are longer by the phase's contention. Each lane's time between its spans
     (Python, packing, logging) counts as work: of the learner per step, of the rollout per refill.
     """
     settings = read_settings(str(run.folder))
+    company = companies(run.spans)
     per_step = {
-        phase: _alone_s(run, phase, run.hardware.contention)
+        phase: _alone_s(run, company, phase)
         for phase in (Phase.PREFILL, Phase.DECODE, Phase.REFERENCE, Phase.TRAIN, Phase.OPTIMIZER,
                       Phase.PUBLISH)
     }  # fmt: skip
@@ -137,28 +139,15 @@ def pipeline_of_run(run: Run) -> Pipeline:
     )
 
 
-def _alone_s(run: Run, phase: Phase, contention: float) -> float:
-    """Mean span of the phase if nothing else had computed; 0 where the run has none."""
-    spans = [s for s in run.spans if s.phase is phase]
-    if not spans:
-        return 0.0
-    lane = spans[0].lane
-    others = sorted(
-        (s.start_s, s.end_s)
-        for s in run.spans
-        if s.computes and s.lane != lane and s.lane != "reward"
-    )
-    alone, at = [], 0
-    for span in sorted(spans, key=lambda s: s.start_s):
-        while at < len(others) and others[at][1] <= span.start_s:
-            at += 1
-        shared = 0.0
-        for start, end in itertools.islice(others, at, None):
-            if start >= span.end_s:
-                break
-            shared += max(0.0, min(end, span.end_s) - max(start, span.start_s))
-        alone.append(span.duration_s - shared * (1 - 1 / contention))
-    return statistics.mean(alone)
+def _alone_s(run: Run, company: Sequence[Company], phase: Phase) -> float:
+    """Mean span of the phase if the other lane had been idle; 0 where the run has none."""
+    slower = run.hardware.contention_of(phase)
+    alone = [
+        span.duration_s * (1 - beside.lane * (1 - 1 / slower))
+        for span, beside in zip(run.spans, company, strict=True)
+        if span.phase is phase
+    ]
+    return statistics.mean(alone) if alone else 0.0
 
 
 def _between_s(run: Run, lane: str) -> float:
@@ -206,8 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _of_job(options: argparse.Namespace, words: Sequence[str]) -> None:
-    hardware = find_hardware(options.hardware)
-    job, split = scaled_split(job_of(options, words), hardware, options.devices)
+    job, hardware = job_and_hardware(options, words)
+    job, split = scaled_split(job, hardware, options.devices)
     modes = [Mode(options.mode)] if options.mode else list(Mode)
     start = time.perf_counter()
     seen = {

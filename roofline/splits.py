@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from models.config import ModelConfig
+from models.rows import samples_per_row
 from roofline import cost
 from roofline.closed_form import closed_step_s, expected_staleness
 from roofline.hardware import Hardware
-from roofline.kernels import Layout, ceil_div
+from roofline.kernels import Layout, ceil_div, stored_in
 from roofline.lengths import Lengths
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
@@ -43,18 +44,21 @@ class Job:
     def rows_per_step(self) -> int:
         """Packed rows of one optimizer step at mean length."""
         train, rollout = self.settings.train, self.settings.rollout
-        sequence = min(self.settings.max_tokens, rollout.max_prompt_tokens + self.lengths.mean)
-        return ceil_div(
-            self.settings.samples_per_step, max(1, int(train.row_tokens / max(1.0, sequence)))
-        )
+        held = samples_per_row(
+            train.row_tokens, train.shared_prompts, prompt=rollout.max_prompt_tokens,
+            completion=min(rollout.max_new_tokens, self.lengths.mean),
+            group=self.settings.grpo.group_size,
+        )  # fmt: skip
+        return ceil_div(self.settings.samples_per_step, held)
 
     @property
     def verify_s(self) -> float:
-        """Time that the verifiers need for a step [s]; 0 workers: on the rollout lane."""
+        """Time that the verifiers need for a step [s]: one verdict after another in each worker, or
+        the latency once where there are no workers."""
         task = self.settings.task
-        return task.reward_latency_s * ceil_div(
-            self.settings.samples_per_step, max(1, task.reward_workers)
-        )
+        if not task.reward_workers:
+            return task.reward_latency_s
+        return task.reward_latency_s * ceil_div(self.settings.samples_per_step, task.reward_workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +166,7 @@ def layouts(
             if model.width % fsdp == 0:
                 yield Layout(
                     data=rest // fsdp, fsdp=fsdp, tensor=tensor, compute_dtype=dtype,
-                    param_dtype="float32" if learner else dtype, kv_dtype=dtype,
+                    param_dtype="float32" if learner and not model.lora else dtype, kv_dtype=dtype,
                 )  # fmt: skip
 
 
@@ -184,9 +188,14 @@ def rollout_options(job: Job, hardware: Hardware, devices: int) -> list[RolloutO
     """Each rollout mesh of so many devices with each number of slots that fits."""
     settings = job.settings
     most = settings.samples_per_step * (max(1, settings.rollout.max_staleness) + 1)
+    dtype = settings.model.dtype
+
+    def cached(layout: Layout) -> Layout:
+        return dataclasses.replace(layout, **stored_in(settings.rollout.stored_dtype(dtype)))
+
     return [
         option
-        for layout in layouts(job.model, devices, settings.model.dtype, learner=False)
+        for layout in map(cached, layouts(job.model, devices, dtype, learner=False))
         for slots in _doublings(layout.data, most)
         if (option := rollout_option(job, hardware, layout, slots)) is not None
     ]
@@ -210,35 +219,43 @@ def rollout_memory(job: Job, layout: Layout, slots: int) -> dict[str, int]:
 
 
 def learner_option(job: Job, hardware: Hardware, layout: Layout, rows: int) -> LearnerOption | None:
-    """Times of the learner on this mesh, `hardware` as its collectives see it; None if it does not
-    fit."""
-    memory = learner_memory(job, layout, rows)
-    if sum(memory.values()) > hardware.hbm_bytes:
-        return None
-    train = job.settings.train
-    micro = ceil_div(job.rows_per_step, rows)
-    costs = [
-        cost.train(
-            job.model, layout, train.row_tokens, rows, micro, job.settings.model.remat,
-            train.logprob_chunk_tokens,
-        ),
-        cost.optimizer(job.model, layout),
-    ]  # fmt: skip
-    if job.settings.scores_reference:
-        chunk = train.logprob_chunk_tokens
-        costs.append(cost.reference(job.model, layout, train.row_tokens, rows, micro, chunk))
+    """`learner_times`; None if it does not fit."""
+    fits = sum(learner_memory(job, layout, rows).values()) <= hardware.hbm_bytes
+    return learner_times(job, hardware, layout, rows) if fits else None
+
+
+def learner_times(job: Job, hardware: Hardware, layout: Layout, rows: int) -> LearnerOption:
+    """Times of the learner on this mesh, `hardware` as its collectives see it."""
+    settings, train = job.settings, job.settings.train
+    micro, chunk = ceil_div(job.rows_per_step, rows), train.logprob_chunk_tokens
+    remat, prompts = settings.model.remat, train.shared_prompts
+    calls = {
+        cost.train(job.model, layout, train.row_tokens, rows, micro, remat, chunk, prompts):
+            settings.grpo.epochs,
+        cost.optimizer(job.model, layout): settings.updates_per_step,
+        cost.reference(job.model, layout, train.row_tokens, rows, micro, chunk, prompts):
+            settings.scoring_passes,
+    }  # fmt: skip
     shared = _sharing(hardware, layout)
-    seconds = {work.phase: shared * predict(work, hardware).expected_s for work in costs}
+    seconds = {
+        work.phase: number * shared * predict(work, hardware).expected_s
+        for work, number in calls.items()
+        if number
+    }
+    memory = learner_memory(job, layout, rows)
     return LearnerOption(layout=layout, rows=rows, phase_s=seconds, memory_bytes=memory)
 
 
 def rollout_option(
     job: Job, hardware: Hardware, layout: Layout, slots: int
 ) -> RolloutOption | None:
-    """Times of generation on this mesh; None if it does not fit."""
-    memory = rollout_memory(job, layout, slots)
-    if sum(memory.values()) > hardware.hbm_bytes:
-        return None
+    """`rollout_times`; None if it does not fit."""
+    fits = sum(rollout_memory(job, layout, slots).values()) <= hardware.hbm_bytes
+    return rollout_times(job, hardware, layout, slots) if fits else None
+
+
+def rollout_times(job: Job, hardware: Hardware, layout: Layout, slots: int) -> RolloutOption:
+    """Times of generation on this mesh."""
     settings, rollout = job.settings, job.settings.rollout
     samples, group = settings.samples_per_step, settings.grpo.group_size
     longest = rollout.max_prompt_tokens + round(job.lengths.expected_max(slots))
@@ -246,10 +263,12 @@ def rollout_option(
     shared = _sharing(hardware, layout)
     step_s = shared * predict(chunk, hardware).expected_s / rollout.chunk_steps
     prompts = settings.grpo.prompts_per_step
-    prefill = cost.prefill(job.model, layout, prompts, rollout.max_prompt_tokens, samples)
-    prefill_s = shared * predict(prefill, hardware).expected_s
-    if not settings.task.reward_workers:
-        prefill_s += job.verify_s
+    refills = _refills(job, slots)
+    prefill = cost.prefill(
+        job.model, layout, ceil_div(prompts, refills), rollout.max_prompt_tokens,
+        ceil_div(samples, refills),
+    )  # fmt: skip
+    prefill_s = refills * shared * predict(prefill, hardware).expected_s
     reused = max(0, samples - slots) / slots * job.held_steps
     tail = job.lengths.expected_max(min(samples, slots))
     return RolloutOption(
@@ -260,8 +279,16 @@ def rollout_option(
         steady_s=samples * job.held_steps / slots * step_s + prefill_s,
         lockstep_s=(reused + tail) * step_s + prefill_s,
         latency_s=job.lengths.expected_max(group) * step_s + prefill_s / prompts,
-        memory_bytes=memory,
+        memory_bytes=rollout_memory(job, layout, slots),
     )
+
+
+def _refills(job: Job, slots: int) -> int:
+    """Prefills per optimizer step: one, or where slots are reused one after each decode chunk."""
+    samples, chunk_steps = job.settings.samples_per_step, job.settings.rollout.chunk_steps
+    if slots >= samples:
+        return 1
+    return max(1, round(samples / slots * job.held_steps / chunk_steps))
 
 
 def disjoint(job: Job, hardware: Hardware, devices: int, max_staleness: int) -> list[Split]:
@@ -301,7 +328,7 @@ def split_of(
         **learner.phase_s,
         Phase.PUBLISH: predict(published, spanned).expected_s,
     }
-    verify_s = job.verify_s if job.settings.task.reward_workers else 0.0
+    verify_s = job.verify_s
     learns = learner.seconds + phase_s[Phase.PUBLISH]
     generates = rollout.steady_s if max_staleness else rollout.lockstep_s
     contention = max(2.0, hardware.contention) if colocated else hardware.contention

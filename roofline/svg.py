@@ -192,16 +192,17 @@ def box(x: float, y: float, width: float, height: float, look: str) -> str:
     return f'<rect x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height:.1f}" {look}/>'
 
 
-def ring(x: float, y: float, colour: str) -> str:
+def ring(x: float, y: float, colour: str, radius: float = 6) -> str:
     """A prediction."""
     return (
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{colour}" stroke-width="2"/>'
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="none" stroke="{colour}" '
+        'stroke-width="2"/>'
     )
 
 
-def disc(x: float, y: float, colour: str) -> str:
+def disc(x: float, y: float, colour: str, radius: float = 5) -> str:
     """A measurement."""
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{colour}"/>'
 
 
 def titled(title: str, *parts: str) -> str:

@@ -4,20 +4,24 @@ With rows split over data and fsdp, weights over fsdp and heads, ffw and vocabul
     each use of a layer gathers its four weights over fsdp   (qkv, attention out, gate and up, down)
     each layer sums two activations over tensor in forward, and two in backward
     gradients are scattered and summed over fsdp, then summed over data
+    experts dealt to several devices get their tokens by all-to-all and send the results back the same
+    way; only what is left of fsdp then gathers them, and only their other holders sum their gradients
 Left out: the gradients of norms and biases, thousands of times smaller.
 Letters: L layers, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from models.config import ModelConfig
+from roofline.adapters import adapter_arrays, adapter_values
+from roofline.experts import expert_values
 from roofline.kernels import FLOAT32_BYTES, Layout, Shard, Work, all_gather, all_reduce, shard
 
-Kind = Literal["all-gather", "all-reduce", "reduce-scatter"]
-Axis = Literal["data", "fsdp", "tensor"]
+Kind = Literal["all-gather", "all-reduce", "reduce-scatter", "all-to-all"]
+Axis = Literal["data", "fsdp", "tensor", "expert"]
 
 WEIGHTS_PER_LAYER = 4
 """Weights that are gathered on their own."""
@@ -41,7 +45,8 @@ class Collective:
     @property
     def link_bytes(self) -> float:
         """What one device sends for all of them."""
-        egress = all_reduce if self.kind == "all-reduce" else all_gather  # scattering sends as much
+        # scattering, and dealing out, sends as much as gathering
+        egress = all_reduce if self.kind == "all-reduce" else all_gather
         return self.count * egress(self.array_bytes, self.devices).link_bytes
 
 
@@ -57,12 +62,16 @@ def layers(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective,
     """Of one pass through all layers on `tokens` tokens per device, forward or backward; without the
     sums of the gradients."""
     part, size = shard(model, layout), layout.compute_bytes
-    weight = _layer_values(model, part) * size / WEIGHTS_PER_LAYER
-    return _over(
-        "all-gather", "fsdp", layout.fsdp, weight, WEIGHTS_PER_LAYER * model.num_layers
-    ) + _over(
-        "all-reduce", "tensor", layout.tensor, tokens * model.width * size, 2 * model.num_layers
-    )
+    weights, deep = _weights_apart(model), model.num_layers
+    weight = _layer_values(model, part) * size / weights
+    found = _over("all-gather", "fsdp", layout.fsdp, weight, weights * deep)
+    found += _over("all-reduce", "tensor", layout.tensor, tokens * model.width * size, 2 * deep)
+    if not model.num_experts:
+        return found
+    experts, left = expert_values(model, part, layout) * size, layout.fsdp // layout.expert
+    chosen = tokens * model.experts_per_token * model.width * size
+    found += _over("all-gather", "fsdp", max(1, left), experts / 2, 2 * deep)
+    return found + _over("all-to-all", "expert", layout.expert, chosen, 2 * deep)
 
 
 def forward(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective, ...]:
@@ -90,24 +99,82 @@ def scored_head(
     return found
 
 
-def gradients(model: ModelConfig, layout: Layout) -> tuple[Collective, ...]:
-    """Of one micro-batch's weight gradients in the compute type, before they are accumulated.
-
-    A tied matrix is summed twice, as embedding and as head.
-    """
-    part, size = shard(model, layout), layout.compute_bytes
-    values = model.num_layers * _layer_values(model, part) + 2 * part.vocab * model.width
-    count = WEIGHTS_PER_LAYER * model.num_layers + 2
-    array_bytes = values * size / count
-    return _over("reduce-scatter", "fsdp", layout.fsdp, array_bytes, count) + _over(
-        "all-reduce", "data", layout.data, array_bytes / layout.fsdp, count
+def train(
+    model: ModelConfig, layout: Layout, tokens: int, predicting: int | None = None
+) -> tuple[Collective, ...]:
+    """Of forward and backward of one micro-batch of `tokens` tokens per device, of which `predicting`
+    meet the head (None: all)."""
+    scored = tokens if predicting is None else predicting
+    return (
+        forward(model, layout, tokens)
+        + scored_head(model, layout, scored, trains=True)
+        + layers(model, layout, tokens)
+        + gradients(model, layout)
     )
 
 
+def score(
+    model: ModelConfig, layout: Layout, tokens: int, predicting: int | None = None
+) -> tuple[Collective, ...]:
+    """Of the log-probabilities of `tokens` tokens per device, of which `predicting` meet the head
+    (None: all)."""
+    scored = tokens if predicting is None else predicting
+    return forward(model, layout, tokens) + scored_head(model, layout, scored, trains=False)
+
+
+def sampling(model: ModelConfig, layout: Layout, rows: int) -> tuple[Collective, ...]:
+    """Of the float32 logits of one token of `rows` slots per device, gathered over the vocabulary."""
+    logits = FLOAT32_BYTES * rows * model.vocab_size
+    return _over("all-gather", "tensor", shard(model, layout).vocab_shards, logits)
+
+
+def publication(model: ModelConfig, learner: Layout, rollout: Layout) -> tuple[Collective, ...]:
+    """Of the cast weights, gathered over fsdp; the copies to the rollout are none."""
+    whole = model.num_parameters / learner.tensor * rollout.param_bytes
+    return _over("all-gather", "fsdp", learner.fsdp, whole)
+
+
+def repeated(collectives: tuple[Collective, ...], times: int) -> tuple[Collective, ...]:
+    """The same collectives so many times."""
+    return tuple(replace(one, count=times * one.count) for one in collectives)
+
+
+def gradients(model: ModelConfig, layout: Layout) -> tuple[Collective, ...]:
+    """Of one micro-batch's weight gradients in the compute type, before they are accumulated; the head's
+    in float32, in which its chunks are summed.
+
+    A tied matrix is summed twice, as embedding and as head. Of an adapted model the adapter's alone.
+    """
+    part, size = shard(model, layout), layout.compute_bytes
+    matrix = part.vocab * model.width
+    summed = (model.num_layers * _layer_values(model, part) + matrix) * size
+    summed += matrix * FLOAT32_BYTES
+    count = _weights_apart(model) * model.num_layers + 2
+    if model.lora:
+        summed = adapter_values(model, layout) * size
+        count = model.num_layers * adapter_arrays(model)
+    array_bytes = summed / count
+    found = _over("reduce-scatter", "fsdp", layout.fsdp, array_bytes, count)
+    found += _over("all-reduce", "data", layout.data, array_bytes / layout.fsdp, count)
+    if not model.num_experts:
+        return found
+    experts, count = expert_values(model, part, layout) * size / 2, 2 * model.num_layers
+    left = max(1, layout.fsdp // layout.expert)
+    holders = layout.row_shards // max(layout.fsdp, layout.expert)
+    found += _over("reduce-scatter", "fsdp", left, experts, count)
+    return found + _over("all-reduce", "data", holders, experts / left, count)
+
+
+def _weights_apart(model: ModelConfig) -> int:
+    """Weights of a layer gathered on their own, experts left out: a router stands for two."""
+    return 3 if model.num_experts else WEIGHTS_PER_LAYER
+
+
 def _layer_values(model: ModelConfig, part: Shard) -> int:
-    """Values of one layer's weights that one tensor-parallel device computes with."""
+    """Values of one layer's weights that one tensor-parallel device computes with, without experts."""
     gates = 2 if model.gated_mlp else 1
-    return model.width * (2 * part.query + 2 * part.kv + (gates + 1) * part.ffw)
+    mlp = model.num_experts or (gates + 1) * part.ffw
+    return model.width * (2 * part.query + 2 * part.kv + mlp)
 
 
 def _over(

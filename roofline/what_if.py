@@ -15,10 +15,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from roofline.answer import GIB, Answer, answer
 from roofline.choose import find_hardware, find_model, report_errors
 from roofline.phases import Phase
 from roofline.predict import Prediction
-from roofline.question import GIB, PHASES, SWEEPABLE, Answer, Question, answer, parse_sweep
+from roofline.question import PHASES, SWEEPABLE, Question, parse_sweep
 from roofline.svg import curves, si
 
 COLUMNS_BESIDE_BAR = 66
@@ -80,33 +81,52 @@ def sweep_svg(name: str, answers: dict[int, Answer]) -> str:
 
 def _question(options: argparse.Namespace) -> Question:
     model, hardware = find_model(options.model, options.vocab_size), find_hardware(options.hardware)
-    tensor, fsdp, data = options.tensor, options.fsdp, options.data
-    for name in ("tensor", "fsdp", "batch", "kv_len", "tokens", "steps", "chunk_tokens"):
+    sizes = (
+        "tensor", "fsdp", "pipeline", "batch", "kv_len", "tokens", "steps", "chunk_tokens",
+    )  # fmt: skip
+    for name in sizes:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be >= 1")
-    if options.devices is not None and data is None:
-        if options.devices % (tensor * fsdp):
-            step = tensor * fsdp
-            near = [n for n in (options.devices // step * step, -(-options.devices // step) * step)]
-            raise ValueError(
-                f"--devices={options.devices} is not a multiple of tensor * fsdp = {step}; use "
-                f"{' or '.join(str(n) for n in near if n)}"
-            )
-        data = options.devices // (tensor * fsdp)
-    data = data or 1
-    if options.devices not in (None, data * fsdp * tensor):
-        raise ValueError(
-            f"--devices={options.devices}, but data * fsdp * tensor = {data * fsdp * tensor}; "
-            "give one of the two"
-        )
+    for name in ("nodes", "microbatches"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name}={getattr(options, name)} must be >= 1")
     phase = Phase(options.phase)
-    if fsdp > 1 and phase in (Phase.PREFILL, Phase.DECODE):
-        raise ValueError(f"{phase} gathers no weights: use --parallel.data {fsdp}, not fsdp")
+    if options.fsdp > 1 and phase in (Phase.PREFILL, Phase.DECODE):
+        raise ValueError(
+            f"{phase} gathers no weights: use --parallel.data {options.fsdp}, not fsdp"
+        )
     return Question(
         model=model, hardware=hardware, phase=phase, batch=options.batch, kv_len=options.kv_len,
-        tokens=options.tokens, steps=options.steps, data=data, fsdp=fsdp, tensor=tensor,
-        dtype=options.dtype, remat=options.remat, chunk_tokens=options.chunk_tokens,
+        tokens=options.tokens, steps=options.steps, data=_data(options), fsdp=options.fsdp,
+        tensor=options.tensor, pipeline=options.pipeline, nodes=options.nodes or 0,
+        microbatches=options.microbatches or 0, dtype=options.dtype, remat=options.remat,
+        chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
+
+
+def _data(options: argparse.Namespace) -> int:
+    """Replicas, from --parallel.data or what --devices leaves for them."""
+    inner, named = options.tensor * options.fsdp * options.pipeline, "tensor * fsdp"
+    if options.pipeline > 1:
+        named += " * pipeline"
+    if options.devices is None:
+        return options.data or 1
+    if options.data is None:
+        if options.devices % inner:
+            near = [
+                n for n in (options.devices // inner * inner, -(-options.devices // inner) * inner)
+            ]
+            raise ValueError(
+                f"--devices={options.devices} is not a multiple of {named} = {inner}; use "
+                f"{' or '.join(str(n) for n in near if n)}"
+            )
+        return options.devices // inner
+    if options.devices != options.data * inner:
+        raise ValueError(
+            f"--devices={options.devices}, but data * {named.replace('tensor * fsdp', 'fsdp * tensor')} "
+            f"= {options.data * inner}; give one of the two"
+        )
+    return options.data
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -120,9 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="name, config.json of Hugging Face, or run folder")
     add("--hardware", required=True, help="datasheet name, hardware JSON, run folder, or 'this'")
     add("--phase", default="decode", choices=[phase.value for phase in PHASES])
-    add("--devices", type=int, help="all devices; data = devices / (tensor * fsdp)")
+    add("--devices", type=int, help="all devices; data = devices / (tensor * fsdp * pipeline)")
     add("--parallel.tensor", dest="tensor", type=int, default=1, help="tensor parallel devices")
     add("--parallel.fsdp", dest="fsdp", type=int, default=1, help="devices sharing the weights")
+    add("--parallel.pipeline", dest="pipeline", type=int, default=1, help="pipeline stages")
+    add("--microbatches", type=int, help="of a replica's rows in a pipeline (default: 4 per stage)")
+    add(
+        "--nodes",
+        type=int,
+        help="nodes that share the devices (default: the fewest that hold them)",
+    )
     add("--parallel.data", dest="data", type=int, help="replicas")
     add("--batch", type=int, default=1, help="sequences, prompts or packed rows, all devices")
     add("--kv-len", type=int, default=1024, help="cached tokens that a decode step reads")
@@ -141,10 +168,13 @@ def _parser() -> argparse.ArgumentParser:
 def _print_answer(question: Question, seen: Answer, console: Console) -> None:
     p, hardware = seen.prediction, question.hardware
     mesh = f"data {question.data} x fsdp {question.fsdp} x tensor {question.tensor}"
+    if question.pipeline > 1:
+        mesh += f" x pipeline {question.pipeline}"
     known = f"calibrated {hardware.date}" if hardware.calibrated else "datasheet"
-    console.print(
-        f"{question.phase} on {question.layout.devices} x {hardware.name} ({known}), {mesh}"
-    )
+    where = f"{seen.placement.devices} x {hardware.name}"
+    if seen.placement.nodes > 1:
+        where += f" on {seen.placement.nodes} nodes of {seen.placement.per_node}"
+    console.print(f"{question.phase} on {where} ({known}), {mesh}")
     table = Table(box=None, pad_edge=False, show_header=False)
     held = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.2f}" for k, v in seen.memory_bytes.items())
     rows = [
@@ -162,6 +192,10 @@ def _print_answer(question: Question, seen: Answer, console: Console) -> None:
         ("memory per device", f"{sum(seen.memory_bytes.values()) / GIB:.2f} of "
                               f"{hardware.hbm_bytes / GIB:.1f} GiB: {held}"),
     ]  # fmt: skip
+    if question.pipeline > 1:
+        turns = seen.turns
+        rows.insert(3, ("pipeline", f"{turns.microbatches} micro-batches in {turns.turns} turns, "
+                        f"idle {turns.idle:.1%}; between stages {si(seen.hops_s, 's')}"))  # fmt: skip
     for row in rows:
         table.add_row(*row)
     console.print(table)
@@ -174,8 +208,8 @@ def _print_sweep(
     longest = max(a.prediction.expected_s for a in answers.values() if isinstance(a, Answer))
     table = Table(title=f"{question.phase} on {question.hardware.name}", box=None, pad_edge=False)
     for column in (name, "expected", "bound", "binds", "MFU", "MBU", "tokens/s", "GiB"):
-        table.add_column(column, justify="right")
-    table.add_column("expected time", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("expected time", overflow="fold")
     for value, seen in answers.items():
         if isinstance(seen, str):
             table.add_row(str(value), *["-"] * 7, seen.partition(";")[0])

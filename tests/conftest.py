@@ -28,6 +28,11 @@ jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+# Compilation is most of the suite's time, and LLVM's passes are half of compilation; what XLA does before
+# them, sharding and fusion, stays. JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the fully optimised programs.
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
+
 _SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -39,6 +39,11 @@ class Case:
     """grpo: 0 is synchronous."""
     peer: Peer = ""
     """peers: what transformers and PyTorch do."""
+    attention: str = ""
+    """decode, prefill, score, train: the program of attention (`models.attention`); empty: that of an
+    unmeasured device, xla, and in decode on a CPU blocks."""
+    cache_dtype: str = ""
+    """decode: type of the cache as rollout.cache_dtype names it; empty: the compute dtype."""
 
     @property
     def name(self) -> str:
@@ -50,6 +55,7 @@ class Case:
             words.append(f"{self.rows}x{self.tokens}")
         if self.remat == "block":
             words.append("remat")
+        words += [word for word in (self.attention, self.cache_dtype) if word]
         if self.kind == "grpo":
             words.append("asynchronous" if self.max_staleness else "synchronous")
         return " ".join(words)
@@ -100,6 +106,15 @@ class Scale:
     dtype: Literal["bfloat16", "float32"]
     decode: tuple[tuple[int, int], ...]
     """(slots, tokens a slot has room for), the smaller memory first."""
+    decode_variants: tuple[tuple[int, int], ...]
+    """Shapes at which every other program of decode attention is measured too; the first for all models, the
+    others for the first model alone."""
+    decode_programs: tuple[str, ...]
+    cache_dtypes: tuple[str, ...]
+    """Measured at the last shape of decode_variants that a model has."""
+    row_programs: tuple[str, ...]
+    """Other programs of attention in prefill and, at the largest packed shape, scoring and training with
+    recomputation."""
     chunk_steps: int
     """Decode steps per program."""
     prefill: tuple[tuple[int, int], ...]
@@ -131,16 +146,36 @@ class Scale:
         """All cases, in the order in which they are run."""
         return [case for model in self.models for case in self._cases_of(model)]
 
+    def _decode_variants_of(self, model: str) -> list[Case]:
+        shapes = (
+            self.decode_variants if model == next(iter(self.models)) else self.decode_variants[:1]
+        )
+        cases = [
+            Case(kind="decode", model=model, rows=b, tokens=s, attention=name)
+            for b, s in shapes
+            for name in self.decode_programs
+        ]
+        b, s = shapes[-1]
+        return cases + [
+            Case(kind="decode", model=model, rows=b, tokens=s, cache_dtype=name)
+            for name in self.cache_dtypes
+        ]
+
     def _cases_of(self, model: str) -> list[Case]:
         cases = [Case(kind="calibrate", model=model)]
         cases += [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode]
+        cases += self._decode_variants_of(model)
         for remat in ("block", "none"):
             cases += [
                 Case(kind="train", model=model, rows=b, tokens=t, remat=remat)
                 for b, t in self.packed
             ]
-        cases.append(Case(kind="rollout", model=model))
         rows, tokens = self.packed[-1]
+        cases += [
+            Case(kind="train", model=model, rows=rows, tokens=tokens, remat="block", attention=name)
+            for name in self.row_programs
+        ]
+        cases.append(Case(kind="rollout", model=model))
         cases.append(Case(kind="peers", model=model, peer="generate"))
         cases += [
             Case(kind="peers", model=model, peer="train", rows=rows, tokens=tokens, remat=remat)
@@ -148,6 +183,12 @@ class Scale:
         ]
         cases += [Case(kind="prefill", model=model, rows=b, tokens=t) for b, t in self.prefill]
         cases += [Case(kind="score", model=model, rows=b, tokens=t) for b, t in self.packed]
+        cases += [
+            Case(kind=kind, model=model, rows=b, tokens=t, attention=name)
+            for kind, shapes in (("prefill", self.prefill), ("score", self.packed[-1:]))
+            for b, t in shapes
+            for name in self.row_programs
+        ]
         cases += [Case(kind="optimizer", model=model), Case(kind="publish", model=model)]
         cases += [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
         if self.static_peer:
@@ -169,6 +210,10 @@ GPU = Scale(
     models={"qwen3-0.6b": _qwen3(1024, 3072), "qwen3-1.7b": _qwen3(2048, 6144)},
     dtype="bfloat16",
     decode=((1, 512), (1, 2048), (64, 512), (64, 2048), (256, 512), (512, 512), (256, 2048), (512, 2048)),
+    decode_variants=((256, 512), (1, 512), (256, 2048)),
+    decode_programs=("blocks", "pallas", "cudnn"),
+    cache_dtypes=("int8", "float8_e4m3"),
+    row_programs=("cudnn", "pallas"),
     chunk_steps=32,
     prefill=((32, 512), (8, 2048)),
     packed=((2, 2048), (8, 2048)),
@@ -189,6 +234,10 @@ TINY = Scale(
     },
     dtype="float32",
     decode=((2, 32), (4, 32)),
+    decode_variants=((2, 32),),
+    decode_programs=("xla",),
+    cache_dtypes=("int8", "float8_e4m3"),
+    row_programs=(),  # the kernels need a GPU
     chunk_steps=4,
     prefill=((2, 16),),
     packed=((1, 32), (2, 32)),

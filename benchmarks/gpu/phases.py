@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from benchmarks.gpu.cases import Case, Scale
 from benchmarks.gpu.measure import Prepared, Result, Stopwatch, seconds_of
+from jaxrl.attention import Programs, fastest, measured, stored_name
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig, RolloutConfig
 from jaxrl.learner.learner import Learner
@@ -28,11 +29,12 @@ from jaxrl.packing import TrainSequence, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.types import Snapshot
 from jaxrl.weights import WeightStore
+from models.attention import DecodeAttention, RowAttention
 from models.config import ModelConfig
 from models.decoder import Decoder, prefill
 from models.sharding import init_sharded, make_mesh
 from roofline import cost
-from roofline.kernels import Layout
+from roofline.kernels import Layout, stored_in
 from roofline.phases import Phase, PhaseCost
 
 SAMPLES_PER_PROMPT = 32
@@ -77,18 +79,40 @@ class Bench:
         """Fresh random weights, from the device's own generator, whose programs compile quickly."""
         return init_sharded(self.model, jax.random.key(0, impl="rbg"), self.mesh, dtype)
 
+    def cache_layout(self, cache_dtype: str) -> Layout:
+        """`rollout_layout` with keys and values in this type; empty: in the compute dtype."""
+        return dataclasses.replace(
+            self.rollout_layout, **stored_in(cache_dtype or self.scale.dtype)
+        )
+
+    def decode_program(self, slots: int, tokens: int) -> str:
+        """What `rollout.attention=auto` would take."""
+        kind = self.mesh.devices.flat[0].device_kind
+        found = fastest(measured(), kind, "decode", slots, tokens, get_args(DecodeAttention))
+        return found or self.unmeasured_program
+
+    @property
+    def unmeasured_program(self) -> str:
+        """What it would take on a device without measurements."""
+        return "blocks" if self.mesh.devices.flat[0].platform == "cpu" else "xla"
+
     def engine(
-        self, *, slots: int, prompt_tokens: int, new_tokens: int, observer: Observer
-    ) -> RolloutEngine:
-        """The sampling engine; no token stops a completion."""
+        self, *, slots: int, prompt_tokens: int, new_tokens: int, observer: Observer,
+        attention: str = "", cache_dtype: str = "",
+    ) -> RolloutEngine:  # fmt: skip
+        """The sampling engine; no token stops a completion. attention: empty, the fastest one measured."""
+        named = RolloutConfig(cache_dtype=cast("Any", cache_dtype or "auto"))
+        stored = jnp.dtype(stored_name(named, self.scale.dtype))
+        program = attention or self.decode_program(slots, prompt_tokens + new_tokens)
         return RolloutEngine(
             self.model, self.mesh, num_slots=slots, max_prompt_tokens=prompt_tokens,
             max_new_tokens=new_tokens, chunk_steps=self.scale.chunk_steps,
             refill_cost_steps=RolloutConfig().refill_cost_steps, num_stop_ids=1, dtype=self.dtype,
-            seed=0, observer=observer,
+            seed=0, observer=observer, cache_dtype=stored,
+            programs=Programs(decode=cast("DecodeAttention", program)),
         )  # fmt: skip
 
-    def learner(self, observer: Observer, *, remat: bool) -> Learner:
+    def learner(self, observer: Observer, *, remat: bool, attention: str = "") -> Learner:
         """The learner with AdamW and the GRPO defaults."""
         rate = learning_rate(peak=RATE, warmup_steps=0, steps=1, schedule="constant")
         optimizer = adamw(
@@ -96,15 +120,17 @@ class Bench:
         )
         return Learner(
             self.model, self.mesh, self.policy(jnp.float32), optimizer,
-            forward=self.forward(remat=remat), grpo=GrpoConfig(drop_zero_advantage=False),
+            forward=self.forward(remat=remat, attention=attention),
+            grpo=GrpoConfig(drop_zero_advantage=False),
             max_nonfinite_steps=1, observer=observer,
         )  # fmt: skip
 
-    def forward(self, *, remat: bool) -> ForwardSettings:
+    def forward(self, *, remat: bool, attention: str = "") -> ForwardSettings:
         """How the learner runs the model."""
         return ForwardSettings(
-            dtype=self.dtype, temperature=1.0, chunk_tokens=self.scale.chunk_tokens, remat=remat
-        )
+            dtype=self.dtype, temperature=1.0, chunk_tokens=self.scale.chunk_tokens, remat=remat,
+            attention=cast("RowAttention", attention or "xla"),
+        )  # fmt: skip
 
     def store(self) -> WeightStore:
         """Publishes from the learner to the rollout, on one device."""
@@ -191,8 +217,9 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
     group = min(slots, SAMPLES_PER_PROMPT)
     watch = Stopwatch()
     engine = bench.engine(
-        slots=slots, prompt_tokens=case.tokens - new, new_tokens=new, observer=watch
-    )
+        slots=slots, prompt_tokens=case.tokens - new, new_tokens=new, observer=watch,
+        attention=case.attention or bench.unmeasured_program, cache_dtype=case.cache_dtype,
+    )  # fmt: skip
     snapshot = Snapshot(version=0, policy=bench.policy(bench.dtype))
     prompts = bench.prompts(slots // group, case.tokens - new)
     seen = {"stream": 0, "kv_len": case.tokens}
@@ -212,7 +239,8 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
         return seconds_of(spans, Phase.DECODE)
 
     def costs(kv_len: int) -> list[PhaseCost]:
-        return [cost.decode(bench.model, bench.rollout_layout, slots, kv_len, chunk)]
+        layout = bench.cache_layout(case.cache_dtype)
+        return [cost.decode(bench.model, layout, slots, kv_len, chunk)]
 
     return Prepared(
         once=once, before=before, tokens=slots * chunk,
@@ -237,7 +265,8 @@ def _called(function: Callable[..., Any], *arguments: Any) -> Callable[[], list[
 
 def prefill_case(bench: Bench, case: Case) -> Prepared:
     """Keys and values of `rows` prompts of `tokens` tokens."""
-    program = jax.jit(partial(prefill, dtype=bench.dtype))
+    attention = cast("RowAttention", case.attention or "xla")
+    program = jax.jit(partial(prefill, dtype=bench.dtype, attention=attention))
     tokens = jnp.asarray(bench.prompts(case.rows, case.tokens), jnp.int32)
     work = _alone(cost.prefill(bench.model, bench.rollout_layout, case.rows, case.tokens))
     total = case.rows * case.tokens
@@ -252,7 +281,7 @@ def prefill_case(bench: Bench, case: Case) -> Prepared:
 
 def score_case(bench: Bench, case: Case) -> Prepared:
     """Log-probabilities of one packed micro-batch under the learner's float32 parameters."""
-    forward = bench.forward(remat=False)
+    forward = bench.forward(remat=False, attention=case.attention)
     program = jax.jit(lambda policy, batch: score(policy, batch, forward)[0])
     batch = jax.device_put(bench.batch(case.rows, case.tokens))
     work = cost.score(
@@ -303,7 +332,7 @@ def optimizer_case(bench: Bench, case: Case) -> Prepared:
 def _learner_phase(bench: Bench, case: Case, phase: Phase) -> Callable[[], list[float]]:
     """One optimizer step on one micro-batch; the seconds of one phase of it."""
     watch = Stopwatch()
-    learner = bench.learner(watch, remat=case.remat == "block")
+    learner = bench.learner(watch, remat=case.remat == "block", attention=case.attention)
     batch = bench.batch(case.rows, case.tokens)
 
     def once() -> list[float]:

@@ -18,6 +18,7 @@ from benchmarks.systems.protocol import GREEDY_PROMPTS, GREEDY_TOKENS, Answer, C
 from benchmarks.workload import Workload
 from jaxrl.build import make_learner
 from jaxrl.config import Config, GrpoConfig, RolloutConfig, TrainConfig
+from jaxrl.devices import keep_freed_memory, prefer_wide_vectors
 from jaxrl.observe import Observer
 from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
@@ -34,12 +35,16 @@ class System:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
+        prefer_wide_vectors()
+        keep_freed_memory()
         self.model = read_config(workload.checkpoint)
         self.mesh = make_mesh(jax.devices()[:1])
         self.config = Config(
             train=TrainConfig(
-                learning_rate=1e-4, warmup_steps=0, row_tokens=workload.prompt_tokens + workload.new_tokens,
-                rows_per_microbatch=workload.jaxrl_microbatch,
+                learning_rate=1e-4, warmup_steps=0, shared_prompt_tokens=workload.prompt_tokens - 1,
+                row_parts=workload.group_size,
+                row_tokens=workload.prompt_tokens - 1 + workload.group_size * workload.new_tokens,
+                rows_per_microbatch=workload.jaxrl_microbatch // workload.group_size,
             ),
             rollout=RolloutConfig(
                 max_prompt_tokens=workload.prompt_tokens, max_new_tokens=workload.new_tokens
@@ -65,9 +70,10 @@ class System:
         groups = self._groups(finished)
         scored = time.perf_counter()
         sequences, _ = groups_to_sequences(groups, self.config.grpo, work.new_tokens)
-        batches, stats = pack(
-            sequences, row_tokens=self.config.train.row_tokens,
-            rows_per_microbatch=work.jaxrl_microbatch,
+        train = self.config.train
+        batches, _ = pack(
+            sequences, row_tokens=train.row_tokens, rows_per_microbatch=train.rows_per_microbatch,
+            shared=train.shared_prompts,
         )  # fmt: skip
         self.learner.update(batches)
         jax.block_until_ready(self.learner.state)
@@ -75,7 +81,7 @@ class System:
             "rollout_s": rolled - began,
             "rollout_tokens": _tokens(finished),
             "train_s": time.perf_counter() - scored,
-            "train_tokens": stats.tokens,
+            "train_tokens": sum(len(sequence.tokens) for sequence in sequences),
         }
 
     def tail(self) -> Answer:

@@ -1,4 +1,4 @@
-"""The settings of policy optimisation, and which of them contradict each other. Loads no jax.
+"""The settings of policy optimisation; jaxrl.algorithms.contradictions refuses some together. Loads no jax.
 
 An algorithm is a choice of advantage, ratio, aggregation and off-policy correction, plus named options;
 configs/algorithms/ holds the published ones. Sources stand beside each field.
@@ -9,14 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrl.errors import UserError
-
-GROUP_BASELINES = ("mean", "leave_one_out")
-
-
-def _check(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
+from jaxrl.algorithms.contradictions import check_algorithm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,9 +25,13 @@ class GrpoConfig:
     epochs: int = 1
     """Passes over a batch of rollouts."""
 
-    reward_from: Literal["task", "random", "format"] = "task"
-    """Controls: random pays 0 or 1 by a coin per sample; format pays the task's format part alone, or
-    without one, that a stop token ended the completion."""
+    reward_from: Literal["task", "majority", "random", "format"] = "task"
+    """majority pays agreement with the most frequent final answer and sees no label (TTRL
+    arXiv:2504.16084). Controls: random pays 0 or 1 by a coin per sample; format pays the task's format
+    part alone, or without one, that a stop token ended the completion."""
+    votes_per_prompt: int = 0
+    """majority: samples that vote, of which the first group_size are trained on (64 and 32 in TTRL);
+    0: group_size."""
     reward_shift: float = 0.0
     """Added to the reward before reward_scale: -0.5 and a scale of 2 make 0 and 1 into -1 and +1."""
     reward_scale: float = 1.0
@@ -170,12 +167,12 @@ class GrpoConfig:
     """Values are clipped to within this of those at the start of the batch (verl: 0.5); 0 is off."""
 
     def __post_init__(self) -> None:
-        _check_batch(self)
-        _check_rewards(self)
-        _check_advantage(self)
-        _check_ratio(self)
-        _check_correction(self)
-        _check_kl(self)
+        check_algorithm(self)
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """Samples drawn for each prompt: the group, or the votes if they are more."""
+        return max(self.group_size, self.votes_per_prompt)
 
     @property
     def updates_per_step(self) -> int:
@@ -218,161 +215,3 @@ class GrpoConfig:
         if self.clip_bounds == "absolute":
             return 1.0 - self.clip_low, self.clip_high - 1.0
         return self.clip_low, self.clip_high
-
-
-def _check_batch(c: GrpoConfig) -> None:
-    grouped = c.advantage_baseline in GROUP_BASELINES
-    _check(
-        c.group_size >= (2 if grouped else 1),
-        f"grpo.group_size={c.group_size}: a group needs at least 2 samples to compare"
-        + (", or set grpo.advantage_baseline=none or value" if grouped else ""),
-    )
-    _check(
-        c.prompts_per_step >= 1, f"grpo.prompts_per_step={c.prompts_per_step} must be at least 1"
-    )
-    _check(
-        1 <= c.minibatches <= c.prompts_per_step,
-        f"grpo.minibatches={c.minibatches} must lie in [1, grpo.prompts_per_step="
-        f"{c.prompts_per_step}]: a minibatch holds whole groups",
-    )
-    _check(c.epochs >= 1, f"grpo.epochs={c.epochs} must be at least 1")
-    _check(
-        grouped or not c.drop_zero_advantage,
-        f"grpo.drop_zero_advantage=true with grpo.advantage_baseline={c.advantage_baseline}: a group of "
-        "equal rewards has signal there; set grpo.drop_zero_advantage=false, or a group baseline",
-    )
-    _check(
-        c.refill_rounds >= 0 and (c.refill_rounds == 0 or c.drop_zero_advantage),
-        f"grpo.refill_rounds={c.refill_rounds} must be >= 0, and replaces only groups that "
-        "grpo.drop_zero_advantage=true drops; set that, or grpo.refill_rounds=0",
-    )
-    _check(
-        c.mask_truncated or not c.count_masked,
-        "grpo.count_masked=true counts what grpo.mask_truncated=true masks; set both or neither",
-    )
-    _check(
-        not c.count_masked or (c.minibatches == 1 and c.top_entropy_denominator == "all"),
-        "grpo.count_masked=true counts over the whole batch; set grpo.minibatches=1 and "
-        "grpo.top_entropy_denominator=all, or grpo.count_masked=false",
-    )
-
-
-def _check_rewards(c: GrpoConfig) -> None:
-    _check(
-        (c.overlong_buffer > 0) == (c.length_reward == "soft_overlong"),
-        f"grpo.overlong_buffer={c.overlong_buffer} with grpo.length_reward={c.length_reward}: "
-        "soft_overlong needs a buffer of at least 1 token, nothing else uses one",
-    )
-    _check(
-        c.repetition_ngram >= 0,
-        f"grpo.repetition_ngram={c.repetition_ngram} must be >= 0; 0 is off",
-    )
-    _check(c.reward_scale != 0, "grpo.reward_scale=0 leaves no reward; usual: 1")
-
-
-def _check_advantage(c: GrpoConfig) -> None:
-    grouped = c.advantage_baseline in GROUP_BASELINES
-    _check(
-        grouped or c.advantage_scale not in ("group_std", "group_mean"),
-        f"grpo.advantage_scale={c.advantage_scale} compares samples of a group, which "
-        f"grpo.advantage_baseline={c.advantage_baseline} does not; set grpo.advantage_scale=none or "
-        "token_std, or a group baseline (mean, leave_one_out)",
-    )
-    _check(
-        not c.token_rewards or c.advantage_scale in ("none", "token_std"),
-        f"grpo.advantage_scale={c.advantage_scale} needs one advantage per completion, but rewards per "
-        "token give one per token; set grpo.advantage_scale=token_std or none",
-    )
-    _check(c.advantage_eps >= 0, f"grpo.advantage_eps={c.advantage_eps} must be >= 0; usual: 1e-6")
-    _check(c.advantage_ddof in (0, 1), f"grpo.advantage_ddof={c.advantage_ddof} must be 0 or 1")
-    for name in ("gamma", "gae_lambda"):
-        _check(0 <= getattr(c, name) <= 1, f"grpo.{name}={getattr(c, name)} must lie in [0, 1]")
-    _check(
-        c.entropy_shaping >= 0 and c.entropy_shaping_bound > 1,
-        f"grpo.entropy_shaping={c.entropy_shaping} must be >= 0 and grpo.entropy_shaping_bound="
-        f"{c.entropy_shaping_bound} greater than 1, or advantages change sign; usual: 0.4 and 2",
-    )
-    _check(
-        0 < c.top_entropy_share <= 1,
-        f"grpo.top_entropy_share={c.top_entropy_share} must lie in (0, 1]; usual: 0.2, 1 is off",
-    )
-
-
-def _check_ratio(c: GrpoConfig) -> None:
-    if c.clip_bounds == "absolute":
-        _check(
-            0 <= c.clip_low <= 1 <= c.clip_high,
-            f"grpo.clip_bounds=absolute needs 0 <= clip_low={c.clip_low} <= 1 <= clip_high="
-            f"{c.clip_high}; usual: 0 and 5",
-        )
-    _check(0 <= c.clip_low <= 1, f"grpo.clip_low={c.clip_low} must lie in [0, 1]; usual: 0.2")
-    _check(c.clip_high >= 0, f"grpo.clip_high={c.clip_high} must be >= 0; usual: 0.2 or 0.28")
-    _check(
-        c.dual_clip == 0 or c.dual_clip > 1,
-        f"grpo.dual_clip={c.dual_clip} must be 0 (off) or greater than 1; usual: 3",
-    )
-    _check(
-        c.dual_clip == 0 or c.ratio == "ppo",
-        f"grpo.dual_clip={c.dual_clip} bounds the PPO clip only, not grpo.ratio={c.ratio}; set it to 0",
-    )
-    _check(
-        not c.ratio.startswith("gspo") or c.aggregation == "sequence_mean",
-        f"grpo.ratio={c.ratio} is a sequence ratio and needs grpo.aggregation=sequence_mean, "
-        f"not {c.aggregation}",
-    )
-    _check(
-        c.ratio != "gspo" or not c.token_rewards,
-        "grpo.ratio=gspo needs one advantage per completion, but the critic or the KL in the reward "
-        "gives one per token; set grpo.ratio=gspo_token",
-    )
-    _check(
-        c.sapo_tau_positive > 0 and c.sapo_tau_negative > 0 and c.dppo_delta > 0,
-        f"grpo.sapo_tau_positive={c.sapo_tau_positive}, grpo.sapo_tau_negative={c.sapo_tau_negative} "
-        f"and grpo.dppo_delta={c.dppo_delta} must be positive; usual: 1, 1.05, 0.2",
-    )
-
-
-def _check_correction(c: GrpoConfig) -> None:
-    _check(
-        c.correction == "none" or c.ratio_from == "learner",
-        f"grpo.correction={c.correction} with grpo.ratio_from=sampler would weight by "
-        "learner/sampler twice; set grpo.ratio_from=learner, or grpo.correction=none",
-    )
-    _check(
-        c.correction_cap >= 1,
-        f"grpo.correction_cap={c.correction_cap} must be at least 1; usual: 2",
-    )
-    _check(
-        0 <= c.correction_floor <= 1,
-        f"grpo.correction_floor={c.correction_floor} must lie in [0, 1]; usual: 0",
-    )
-    _check(
-        0 <= c.mask_low <= 1 <= c.mask_high,
-        f"grpo.mask_low={c.mask_low} and grpo.mask_high={c.mask_high} must lie on either side of 1, the "
-        "ratio of equal policies; usual: 0.999 and 1.001 (geometric), 0.5 and 2 (product)",
-    )
-
-
-def _check_kl(c: GrpoConfig) -> None:
-    _check(
-        c.kl_in == "loss" or c.kl_weight != 0,
-        "grpo.kl_in=reward with grpo.kl_weight=0 subtracts nothing; set a weight, or grpo.kl_in=loss",
-    )
-    _check(
-        c.kl_in == "loss" or c.kl_estimator == "k1",
-        f"grpo.kl_in=reward with grpo.kl_estimator={c.kl_estimator} has a biased gradient "
-        "(k1 is exact there); set grpo.kl_estimator=k1, or grpo.kl_in=loss",
-    )
-    _check(
-        c.kl_in == "loss" or not (c.kl_importance or c.kl_bound),
-        "grpo.kl_importance and grpo.kl_bound shape the KL term of the loss; set grpo.kl_in=loss",
-    )
-    _check(
-        c.kl_target == 0 or (c.kl_target > 0 and c.kl_in == "reward"),
-        f"grpo.kl_target={c.kl_target} must be >= 0 and adapts the KL of grpo.kl_in=reward only",
-    )
-    _check(
-        c.reference_refresh_steps >= 0 and (c.reference_refresh_steps == 0 or c.uses_reference),
-        f"grpo.reference_refresh_steps={c.reference_refresh_steps} refreshes a reference that nothing "
-        "uses; set grpo.kl_weight or grpo.log_reference, or grpo.reference_refresh_steps=0",
-    )

@@ -19,19 +19,19 @@ from jaxrl.observe import Observer
 from jaxrl.packing import pack, solutions_to_sequences
 from jaxrl.types import Problem
 from jaxrl.weights import WeightStore
-from models.decoder import Decoder
+from models.decoder import Policy
 
 Note = Callable[[str], None]
 
 
 def cold_start(
-    config: Config, subject: Subject, mesh: Mesh, policy: Decoder, store: WeightStore,
+    config: Config, subject: Subject, mesh: Mesh, policy: Policy, store: WeightStore,
     evaluator: Evaluator, problems: Sequence[Problem], note: Note,
-) -> Decoder:  # fmt: skip
+) -> Policy:  # fmt: skip
     """Train `policy` (which is consumed) on worked solutions; returns the trained one."""
     sft, train = config.sft, config.train
     rate = learning_rate(
-        peak=sft.learning_rate, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule="constant"
+        peak=sft.learning_rate, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule=sft.schedule
     )
     learner = make_learner_at(config, subject.model, mesh, policy, rate, Observer())
     prompts, solutions = encode_solutions(config, subject)
@@ -46,7 +46,7 @@ def cold_start(
         )
         metrics = learner.update_sft(batches)
         if step % sft.check_every == 0 or step == sft.steps:
-            snapshot = store.publish(step, learner.state.policy)
+            snapshot = store.publish(step, learner.policy)
             pass_at_1 = evaluator.run(snapshot, problems, 1).pass_at_1.mean
             note(
                 f"cold start {step}/{sft.steps}  loss {metrics['sft/loss']:.3f}  "
@@ -54,4 +54,4 @@ def cold_start(
             )
             if pass_at_1 >= sft.stop_at_pass:
                 break
-    return learner.state.policy
+    return learner.policy

@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.algorithms.loss_metrics import LossMetrics, finish_metrics, zero_metrics
 from jaxrl.batch import Batch
+from jaxrl.checkpoint import FIRST_STEP, Checkpoints
 from jaxrl.config import GrpoConfig
+from jaxrl.devices import train_options
 from jaxrl.errors import UserError
 from jaxrl.learner.critic import ActorCritic, critic_shardings, make_critic
 from jaxrl.learner.steps import (
@@ -27,13 +29,15 @@ from jaxrl.learner.steps import (
     grpo_loss,
     score,
     score_with_values,
+    whole,
     zeros_like,
 )
 from jaxrl.observe import Observer
 from jaxrl.tracing import num_traces
 from models.config import ModelConfig
-from models.decoder import Decoder
-from models.sharding import batch_sharding, policy_shardings
+from models.decoder import Decoder, Policy
+from models.lora import AdaptedDecoder
+from models.sharding import adapter_shardings, batch_sharding, policy_shardings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +54,15 @@ class Learner:
     """The policy being trained, its optimizer, and where the algorithm has them, critic and reference."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, policy: Decoder,
+        self, config: ModelConfig, mesh: Mesh, policy: Policy,
         optimizer: optax.GradientTransformation, *, forward: ForwardSettings, grpo: GrpoConfig,
         max_nonfinite_steps: int, observer: Observer,
         critic_optimizer: optax.GradientTransformation | None = None,
     ) -> None:  # fmt: skip
         """Takes ownership of `policy` (float32, sharded over `mesh`): its buffers are donated.
 
+        Of an AdaptedDecoder the adapter is trained and the base, in whatever dtype, only read: it has
+        neither gradient nor optimizer state, and is not part of `state`.
         With a critic_optimizer there is a critic, and every batch must have values and returns.
         """
         self.mesh = mesh
@@ -65,9 +71,13 @@ class Learner:
         self._max_nonfinite_steps = max_nonfinite_steps
         self._observer = observer
         self._grpo = grpo
-        self._frozen_reference: Decoder | None = None
+        self._frozen_reference: Any = None
+        self.frozen: Decoder | None = None
         self._make_metrics: Callable[[], LossMetrics] | None = None
-        shardings = policy_shardings(config, mesh)
+        shardings: Any = policy_shardings(config, mesh)
+        if isinstance(policy, AdaptedDecoder):
+            self.frozen, shardings = policy.base, adapter_shardings(config, mesh)
+        first = policy if self.frozen is None else policy.adapter
         self._everywhere = scalar = NamedSharding(mesh, PartitionSpec())
         self._rows = batch_sharding(mesh)
         self._copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)
@@ -92,29 +102,34 @@ class Learner:
             return state
 
         places = _state_shardings(
-            jax.eval_shape(first_state, policy), optimizer, critic_optimizer, trained, scalar
+            jax.eval_shape(first_state, first), optimizer, critic_optimizer, trained, scalar
         )
-        self.state = jax.jit(first_state, donate_argnums=(0,), out_shardings=places)(policy)
+        self.places = places  # shardings of `state`
+        self.state = jax.jit(first_state, donate_argnums=(0,), out_shardings=places)(first)
         self._make_apply(optimizer, critic_optimizer, places)
 
     def _make_programs(
-        self, forward: ForwardSettings, grpo: GrpoConfig, shardings: Decoder, trained: Any
+        self, forward: ForwardSettings, grpo: GrpoConfig, shardings: Any, trained: Any
     ) -> None:
-        scalar = self._everywhere
+        scalar, options = self._everywhere, train_options(self.mesh.devices.flat[0])
         self._zeros = jax.jit(zeros_like, out_shardings=trained)
         self._zeros_sft = jax.jit(zeros_like, out_shardings=shardings)
-        self._score = jax.jit(lambda p, b: score(p, b, forward)[0])
-        self._score_all = jax.jit(partial(score_with_values, settings=forward))
+        self._score = jax.jit(lambda p, b: score(p, b, forward)[0], compiler_options=options)
+        self._score_all = jax.jit(
+            partial(score_with_values, settings=forward), compiler_options=options
+        )
         self._grpo_loss = partial(grpo_loss, forward=forward, grpo=grpo)
         self._accumulate = jax.jit(
             partial(accumulate_grpo, forward=forward, grpo=grpo),
             donate_argnums=(1, 2),
             out_shardings=(trained, scalar),
+            compiler_options=options,
         )
         self._accumulate_sft = jax.jit(
             partial(accumulate_sft, forward=forward),
             donate_argnums=(1, 2),
             out_shardings=(shardings, scalar),
+            compiler_options=options,
         )
 
     def _make_apply(
@@ -145,6 +160,14 @@ class Learner:
         )  # fmt: skip
 
     @property
+    def programs(self) -> dict[str, Any]:
+        """The jitted phases and the loss that they differentiate, by name, for `jaxrl.programs`."""
+        return {
+            "score": self._score, "accumulate": self._accumulate, "apply": self._apply,
+            "loss": self._grpo_loss,
+        }  # fmt: skip
+
+    @property
     def needs_reference(self) -> bool:
         """The loss, the rewards or the curves use a reference."""
         return self._grpo.uses_reference
@@ -160,6 +183,16 @@ class Learner:
         value = jax.device_put(jnp.float32(weight), self._everywhere)
         self.state = replace(self.state, kl_weight=value)
 
+    def restore(self, checkpoints: Checkpoints, step: int, *, reference: bool = False) -> None:
+        """Take over the state of checkpoint `step`, the frozen base if there is one, and with `reference`
+        what checkpoint 0 holds as the reference, if the loss needs one."""
+        if self.frozen is not None:
+            self.frozen = checkpoints.restore_frozen(self.frozen)
+        if reference and self.needs_reference:
+            self.state = checkpoints.restore_state(FIRST_STEP, self.state)
+            self.freeze_reference()
+        self.state = checkpoints.restore_state(step, self.state)
+
     def freeze_reference(self) -> None:
         """Keep a copy of the present weights as the reference."""
         copy = self._copy(self.state.policy)
@@ -169,14 +202,25 @@ class Learner:
             self._frozen_reference = copy
 
     @property
-    def _reference(self) -> Decoder | None:
-        return self.state.reference if self._frozen_reference is None else self._frozen_reference
+    def policy(self) -> Any:
+        """The weights in training: a Decoder, or an AdaptedDecoder."""
+        return whole(self.state.policy, self.frozen)
 
     @property
-    def _model(self) -> Decoder | ActorCritic:
+    def _reference(self) -> Any:
+        """Of an adapter only the adapter was copied: the base is the same."""
+        kept = self.state.reference if self._frozen_reference is None else self._frozen_reference
+        return None if kept is None else whole(kept, self.frozen)
+
+    @property
+    def _trained(self) -> Any:
         if self.state.critic is None:
             return self.state.policy
         return ActorCritic(policy=self.state.policy, critic=self.state.critic)
+
+    @property
+    def _model(self) -> Any:
+        return whole(self._trained, self.frozen)
 
     def score_batches(self, batches: Sequence[Batch]) -> list[Scores]:
         """Every micro-batch under the present weights, and under the reference if there is one."""
@@ -232,11 +276,13 @@ class Learner:
         reference = self._score_reference(on_device)
         traced = self.trace_count
         with self._observer.train(len(batches)) as work:
-            model = self._model
+            model = self._trained
             gradients = self._zeros(model)
             metrics = self._zero_metrics(on_device[0], reference[0])
             for batch, logprobs in zip(on_device, reference, strict=True):
-                gradients, metrics = self._accumulate(model, gradients, metrics, batch, logprobs)
+                gradients, metrics = self._accumulate(
+                    model, gradients, metrics, batch, logprobs, self.frozen
+                )
             jax.block_until_ready(gradients)
             work.update(microbatches=len(batches), compiled=self.trace_count - traced)
         applied = self._take_step(gradients)
@@ -248,13 +294,26 @@ class Learner:
             return self._update_sft(batches)
 
     def _update_sft(self, batches: Sequence[Batch]) -> dict[str, float]:
-        gradients = self._zeros_sft(self.state.policy)
-        total = jax.device_put(jnp.float32(0), self._everywhere)
-        for batch in batches:
-            gradients, total = self._accumulate_sft(
-                self.state.policy, gradients, total, self._put(batch)
-            )
+        traced = self.trace_count
+        with self._observer.train(len(batches)) as work:
+            gradients = self._zeros_sft(self.state.policy)
+            total = jax.device_put(jnp.float32(0), self._everywhere)
+            for batch in batches:
+                gradients, total = self._accumulate_sft(
+                    self.state.policy, gradients, total, self._put(batch), self.frozen
+                )
+            jax.block_until_ready(gradients)
+            work.update(microbatches=len(batches), compiled=self.trace_count - traced)
         return {"sft/loss": float(total), **self._take_step(gradients)}
+
+    def sft_loss(self, batches: Sequence[Batch]) -> float:
+        """The loss of `update_sft` on these micro-batches under the present weights; trains nothing."""
+        with jax.set_mesh(self.mesh):
+            scores = [np.asarray(self._score(self.policy, self._put(batch))) for batch in batches]
+        return -sum(
+            float(np.sum(logprobs * batch.token_weights, where=batch.loss_mask))
+            for logprobs, batch in zip(scores, batches, strict=True)
+        )
 
     def _put(self, batch: Batch) -> Batch:
         return jax.device_put(batch, self._rows)
@@ -276,7 +335,7 @@ class Learner:
             self._make_metrics = jax.jit(make, out_shardings=self._everywhere)
         return self._make_metrics()
 
-    def _take_step(self, gradients: Decoder | ActorCritic) -> dict[str, float]:
+    def _take_step(self, gradients: Any) -> dict[str, float]:
         traced = self.trace_count
         warms_up = isinstance(gradients, ActorCritic) and self._grpo.critic_warmup_steps > 0
         if warms_up and int(self.state.step) < self._grpo.critic_warmup_steps:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 
 from models.config import ModelConfig
+from models.lora import adapter_table
 from models.sharding import decay_mask
 
 FINAL_SHARE = 0.1
@@ -33,11 +36,17 @@ def adamw(
     config: ModelConfig, rate: optax.Schedule, *, beta1: float, beta2: float, eps: float,
     weight_decay: float, max_grad_norm: float,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """Clip the global norm to `max_grad_norm` (0: do not), then AdamW (arXiv:1711.05101)."""
+    """Clip the global norm to `max_grad_norm` (0: do not), then AdamW (arXiv:1711.05101).
+
+    Of an adapter every array is a matrix and decays.
+    """
+    mask: Any = decay_mask(config)
+    if config.lora is not None:
+        mask = dict.fromkeys(adapter_table(config), True)
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
     return optax.chain(
         clip,
         optax.adamw(
-            rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=decay_mask(config)
+            rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=mask
         ),
     )

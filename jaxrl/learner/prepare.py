@@ -28,12 +28,14 @@ from jaxrl.algorithms.advantages import (
     whiten,
 )
 from jaxrl.algorithms.aggregation import token_weights
-from jaxrl.algorithms.config import GROUP_BASELINES, GrpoConfig
+from jaxrl.algorithms.config import GrpoConfig
+from jaxrl.algorithms.contradictions import GROUP_BASELINES
 from jaxrl.algorithms.kl import adapted_kl_weight
 from jaxrl.batch import Batch
 from jaxrl.learner.learner import Scores
 from jaxrl.packing import PackingStats, TrainSequence, groups_to_sequences, pack, unpack
 from jaxrl.types import RolloutGroup
+from models.rows import SharedPrompts
 
 Curves = dict[str, float]
 
@@ -45,6 +47,15 @@ class Rows:
     row_tokens: int
     rows_per_microbatch: int
     max_new_tokens: int
+    shared: SharedPrompts | None = None
+    """How a row is divided where samples share their prompts."""
+
+    def pack(self, sequences: Sequence[TrainSequence]) -> tuple[list[Batch], PackingStats]:
+        """Micro-batches of this shape."""
+        return pack(
+            sequences, row_tokens=self.row_tokens, rows_per_microbatch=self.rows_per_microbatch,
+            shared=self.shared,
+        )  # fmt: skip
 
 
 class Scorer(Protocol):
@@ -98,8 +109,7 @@ def prepare(
         sequences, kept, curves = _only_high_entropy(sequences, settings)
         metrics |= curves
     packed = [
-        pack(chosen, row_tokens=rows.row_tokens, rows_per_microbatch=rows.rows_per_microbatch)
-        for chosen in _minibatches(sequences, kept, settings, rows.max_new_tokens)
+        rows.pack(chosen) for chosen in _minibatches(sequences, kept, settings, rows.max_new_tokens)
     ]
     return Prepared(
         minibatches=[batches for batches, _ in packed],
@@ -119,16 +129,14 @@ def _padding_ratio(packing: Sequence[PackingStats]) -> float:
 
 def _scored(sequences: list[TrainSequence], learner: Scorer, rows: Rows) -> list[TrainSequence]:
     """The sequences with the scores of a forward pass over all of them."""
-    batches, _ = pack(
-        sequences, row_tokens=rows.row_tokens, rows_per_microbatch=rows.rows_per_microbatch
-    )
+    batches, _ = rows.pack(sequences)
     scores = learner.score_batches(batches)
 
     def per_sequence(arrays: Sequence[np.ndarray | None]) -> Sequence[np.ndarray | None]:
         found = [array for array in arrays if array is not None]
         if not found:
             return [None] * len(sequences)
-        return unpack(sequences, found, row_tokens=rows.row_tokens)
+        return unpack(sequences, found, row_tokens=rows.row_tokens, shared=rows.shared)
 
     logprobs = per_sequence([s.logprobs for s in scores])
     entropy = per_sequence([s.entropy for s in scores])

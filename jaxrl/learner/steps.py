@@ -19,8 +19,11 @@ from jaxrl.algorithms.loss_metrics import LossMetrics, keep, merge_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.learner.critic import ActorCritic, values_of
-from models.decoder import Decoder, hidden_states
+from models.attention import RowAttention
+from models.decoder import Decoder, Policy, hidden_states
 from models.head import target_logprobs
+from models.lora import AdaptedDecoder
+from models.rows import SharedPrompts
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +31,7 @@ from models.head import target_logprobs
 class TrainState:
     """What an optimizer step replaces; donated."""
 
-    policy: Decoder  # float32
+    policy: Any  # Decoder, or the adapter of a frozen one; float32
     optimizer: Any
     step: Any  # [] int32, optimizer steps taken, skipped ones included
     critic: Any = None  # Critic, where advantages need one
@@ -45,34 +48,48 @@ class ForwardSettings:
     temperature: float
     chunk_tokens: int
     remat: bool
+    shared: SharedPrompts | None = None
+    """How the rows of a batch with prefix_ids are divided."""
+    attention: RowAttention = "xla"
 
 
-def score(policy: Decoder, batch: Batch, settings: ForwardSettings) -> tuple[jax.Array, jax.Array]:
+def whole(trained: Any, frozen: Decoder | None) -> Any:
+    """The model of what is trained, and of the frozen base if that is an adapter."""
+    return trained if frozen is None else AdaptedDecoder(base=frozen, adapter=trained)
+
+
+def score(policy: Policy, batch: Batch, settings: ForwardSettings) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities [R, T] of the targets and entropies [R, T] of the next-token distributions."""
     return _head(policy, _hidden(policy, batch, settings), batch, settings)
 
 
-def _hidden(policy: Decoder, batch: Batch, settings: ForwardSettings) -> jax.Array:
+def _hidden(policy: Policy, batch: Batch, settings: ForwardSettings) -> jax.Array:
     return hidden_states(
-        policy, batch.tokens, batch.positions, batch.segment_ids,
-        dtype=settings.dtype, remat=settings.remat,
+        policy, batch.tokens, batch.positions, batch.segment_ids, dtype=settings.dtype,
+        remat=settings.remat, prefix_ids=batch.prefix_ids, shared=settings.shared,
+        attention=settings.attention,
     )  # fmt: skip
 
 
 def _head(
-    policy: Decoder, hidden: jax.Array, batch: Batch, settings: ForwardSettings
+    policy: Policy, hidden: jax.Array, batch: Batch, settings: ForwardSettings
 ) -> tuple[jax.Array, jax.Array]:
-    return target_logprobs(
-        policy, hidden, batch.targets, temperature=settings.temperature,
+    """0 at the shared prompts, which predict nothing that is trained on."""
+    shared = None if batch.prefix_ids is None else settings.shared
+    first = 0 if shared is None else shared.prompt_tokens
+    scores = target_logprobs(
+        policy, hidden[:, first:], batch.targets[:, first:], temperature=settings.temperature,
         chunk_tokens=settings.chunk_tokens, dtype=settings.dtype,
     )  # fmt: skip
+    logprobs, entropy = (jnp.pad(x, [(0, 0), (first, 0)]) for x in scores)
+    return logprobs, entropy
 
 
 def score_with_values(
-    model: Decoder | ActorCritic, batch: Batch, settings: ForwardSettings
+    model: Policy | ActorCritic, batch: Batch, settings: ForwardSettings
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Log-probabilities, entropies and, with a critic, values; all [R, T] float32."""
-    if isinstance(model, Decoder):
+    if not isinstance(model, ActorCritic):
         return *score(model, batch, settings), None
     hidden = _hidden(model.policy, batch, settings)
     logprobs, entropy = _head(model.policy, hidden, batch, settings)
@@ -82,7 +99,7 @@ def score_with_values(
 
 
 def grpo_loss(
-    model: Decoder | ActorCritic, batch: Batch, reference_logprobs: jax.Array | None, *,
+    model: Policy | ActorCritic, batch: Batch, reference_logprobs: jax.Array | None, *,
     forward: ForwardSettings, grpo: GrpoConfig,
 ) -> tuple[jax.Array, LossMetrics]:  # fmt: skip
     """This micro-batch's part of the policy loss (and of the value loss), and its metrics."""
@@ -108,21 +125,33 @@ def grpo_loss(
 
 def accumulate_grpo(
     model: Any, gradients: Any, metrics: LossMetrics, batch: Batch,
-    reference_logprobs: jax.Array | None, *, forward: ForwardSettings, grpo: GrpoConfig,
+    reference_logprobs: jax.Array | None, frozen: Decoder | None = None, *,
+    forward: ForwardSettings, grpo: GrpoConfig,
 ) -> tuple[Any, LossMetrics]:  # fmt: skip
-    """Add one micro-batch's gradient, in the shape of the model, and metrics."""
-    new, seen = jax.grad(grpo_loss, has_aux=True)(
-        model, batch, reference_logprobs, forward=forward, grpo=grpo
-    )
+    """Add one micro-batch's gradient, in the shape of the model, and metrics.
+
+    frozen: the base, where the model that is trained is an adapter; it has no gradient.
+    """
+
+    def loss(trained: Any) -> tuple[jax.Array, LossMetrics]:
+        model = whole(trained, frozen)
+        return grpo_loss(model, batch, reference_logprobs, forward=forward, grpo=grpo)
+
+    new, seen = jax.grad(loss, has_aux=True)(model)
     return jax.tree.map(jnp.add, gradients, new), merge_metrics(metrics, seen)
 
 
 def accumulate_sft(
-    policy: Decoder, gradients: Decoder, total: jax.Array, batch: Batch, *, forward: ForwardSettings
-) -> tuple[Decoder, jax.Array]:
-    """Add one micro-batch's cross-entropy gradient and loss."""
-    loss, new = jax.value_and_grad(lambda p: sft_loss(score(p, batch, forward)[0], batch))(policy)
-    return jax.tree.map(jnp.add, gradients, new), total + loss
+    trained: Any, gradients: Any, total: jax.Array, batch: Batch, frozen: Decoder | None = None, *,
+    forward: ForwardSettings,
+) -> tuple[Any, jax.Array]:  # fmt: skip
+    """Add one micro-batch's cross-entropy gradient, in the shape of what is trained, and loss."""
+
+    def loss(trained: Any) -> jax.Array:
+        return sft_loss(score(whole(trained, frozen), batch, forward)[0], batch)
+
+    value, new = jax.value_and_grad(loss)(trained)
+    return jax.tree.map(jnp.add, gradients, new), total + value
 
 
 @jax.tree_util.register_dataclass
@@ -136,7 +165,7 @@ class Applied:
 
 def apply_gradients(
     state: TrainState,
-    gradients: Decoder | ActorCritic,
+    gradients: Any,
     optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation | None = None,
     *,

@@ -38,7 +38,7 @@ def check_custom(spec: str) -> None:
     where, _, function = spec.rpartition(":")
     if not where or not function.isidentifier():
         raise UserError(
-            f"task.verifier={spec!r} is neither math, code, exact nor a function; {_FORM}"
+            f"task.verifier={spec!r} is neither math, code, exact, similarity nor a function; {_FORM}"
         )
     if where.endswith(".py"):
         if not Path(where).is_file():

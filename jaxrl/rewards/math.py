@@ -70,7 +70,8 @@ def score_math(prompt: str, completion: str, row: Mapping[str, Any]) -> Reward:
     correct = answer is not None and equivalent(row["answer"], answer)
     answered = answer is not None and answer.mark != "plain"
     parts = {"correct": float(correct), "answered": float(answered)}
-    return Reward(total=float(correct), parts=parts, correct=correct)
+    said = "" if answer is None else _words(answer.text) or _tidy(answer)
+    return Reward(total=float(correct), parts=parts, correct=correct, answer=said)
 
 
 def equivalent(gold: str, answer: Answer) -> bool:

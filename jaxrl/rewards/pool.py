@@ -180,8 +180,11 @@ class RewardPool:
         self.submit_many([Item(problem, completion, finished)]).add_done_callback(hand_over)
         return single
 
-    def submit_many(self, items: Sequence[tuple[Problem, str, bool]]) -> Future[list[Reward]]:
-        """Verify (problem, completion text, finished) each; rewards in the same order.
+    def submit_many(
+        self, items: Sequence[tuple[Problem, str, bool] | tuple[Problem, str, bool, int]]
+    ) -> Future[list[Reward]]:
+        """Verify (problem, completion text, finished, and for rewards that count them, tokens) each;
+        rewards in the same order.
 
         The future raises VerifierError if the verifier does; it cannot be cancelled, and its
         callbacks run in a thread of the pool. Raises: RuntimeError after `close`.

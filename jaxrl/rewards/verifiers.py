@@ -3,6 +3,7 @@
     exact     the stripped completion is row["answer"]
     math      its final answer equals row["answer"] mathematically      jaxrl.rewards.math
     code      its program passes the tests in the row                   jaxrl.rewards.code
+    similarity  how much its edit resembles the row's             jaxrl.rewards.similarity
     FILE.py:function, package.module:function      your own             jaxrl.rewards.custom
 
 The trainer makes a `Verifier` to check the name; only verifier processes `load` it, so neither sympy nor
@@ -19,12 +20,13 @@ from typing import Any
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
 from jaxrl.rewards.custom import check_custom, load_custom
+from jaxrl.rewards.similarity import score_similarity
 from jaxrl.types import Problem, Reward
 
 Score = Callable[[str, str, Mapping[str, Any]], Reward]
 """prompt, completion, row -> reward."""
 
-_BUILT_IN = ("exact", "math", "code")
+_BUILT_IN = ("exact", "math", "code", "similarity")
 
 
 class Verifier:
@@ -65,13 +67,17 @@ class Verifier:
 
 def score_exact(prompt: str, completion: str, row: Mapping[str, Any]) -> Reward:
     """1 if the completion, stripped of white space at both ends, is row["answer"]. Part: `correct`."""
-    correct = completion.strip() == row["answer"].strip()
-    return Reward(total=float(correct), parts={"correct": float(correct)}, correct=correct)
+    said = completion.strip()
+    correct = said == row["answer"].strip()
+    parts = {"correct": float(correct)}
+    return Reward(total=float(correct), parts=parts, correct=correct, answer=said)
 
 
 def _load(name: str) -> Score:
     if name == "exact":
         return score_exact
+    if name == "similarity":
+        return score_similarity
     if name == "math":
         # gmpy2, where installed, ends the process instead of raising MemoryError.
         os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from jaxrl.config import TaskConfig
-from jaxrl.tasks.base import IsolatedTask, Task
+from jaxrl.tasks.base import IsolatedTask, ShapedTask, Task
 from jaxrl.types import Problem, Reward
 
 READY = "ready"
@@ -28,6 +28,8 @@ class Item(NamedTuple):
     problem: Problem
     completion: str
     finished: bool
+    num_tokens: int = 0
+    """Length of the completion, its stop token included."""
 
 
 class Setup(NamedTuple):
@@ -52,6 +54,8 @@ def judge(task: Task, item: Item) -> Verdict:
     start_s = time.perf_counter()
     try:
         reward = task.verify(item.problem, item.completion, item.finished)
+        if isinstance(task, ShapedTask):
+            reward = task.shape(item.problem, item.completion, item.num_tokens, reward)
     except Exception:
         return Verdict(None, traceback.format_exc(), time.perf_counter() - start_s)
     return Verdict(reward, "", time.perf_counter() - start_s)

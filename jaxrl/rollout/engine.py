@@ -12,7 +12,7 @@ Weights may change between two chunks; each token keeps the version that produce
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl.attention import ON_CPU, Programs
+from jaxrl.devices import decode_options
 from jaxrl.observe import Observer
 from jaxrl.rollout.sampling import (
     Admission,
@@ -31,13 +33,13 @@ from jaxrl.rollout.sampling import (
     decode_chunk,
     empty_slots,
     recompute_cache,
+    slot_shardings,
 )
 from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Finish, Snapshot
 from models.cache import KVCache, join_cache, split_cache
 from models.config import ModelConfig
 from models.decoder import prefill
-from models.sharding import cache_shardings
 
 SMALLEST_BUCKET = 8
 """Prompt lengths and prompt counts are padded to powers of two from here (counts from 1)."""
@@ -95,7 +97,9 @@ class RolloutEngine:
         self, config: ModelConfig, mesh: Mesh, *, num_slots: int, max_prompt_tokens: int,
         max_new_tokens: int, chunk_steps: int, refill_cost_steps: float, num_stop_ids: int,
         dtype: jnp.dtype, seed: int, kv_on_swap: str = "keep", observer: Observer,
+        cache_dtype: jnp.dtype | None = None, programs: Programs = ON_CPU,
     ) -> None:  # fmt: skip
+        """cache_dtype: None, as `dtype`."""
         self.num_slots = num_slots
         self._mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
@@ -114,20 +118,26 @@ class RolloutEngine:
 
         slots = partial(
             empty_slots, config, num_slots=num_slots, max_tokens=self.max_tokens,
-            num_stop_ids=num_stop_ids, dtype=dtype,
+            num_stop_ids=num_stop_ids, cache_dtype=cache_dtype or dtype, attention=programs.decode,
         )  # fmt: skip
-        shardings = _slot_shardings(config, mesh, jax.eval_shape(slots))
+        shardings = slot_shardings(config, mesh)
+        self.places = shardings  # of `slots`, a tree prefix
         self._slots = jax.jit(slots, out_shardings=shardings)()
-        self._prefill = jax.jit(partial(prefill, dtype=dtype))
+        self._prefill = jax.jit(partial(prefill, dtype=dtype, attention=programs.prompts))
         self._admit = jax.jit(admit, donate_argnums=(0,), out_shardings=shardings)
         self._decode = jax.jit(
-            partial(decode_chunk, dtype=dtype),
+            partial(decode_chunk, dtype=dtype, attention=programs.decode),
             static_argnames=("steps", "filtered", "greedy"),
             donate_argnums=(1,),
             out_shardings=(shardings, self._host),
+            compiler_options=decode_options(mesh.devices.flat[0]),
+        )
+        self._idle = jax.jit(
+            lambda remaining, freed: jnp.where(freed, 0, remaining),
+            out_shardings=shardings.remaining,
         )
         self._recompute = jax.jit(
-            partial(recompute_cache, dtype=dtype),
+            partial(recompute_cache, dtype=dtype, attention=programs.prompts),
             static_argnames=("tokens",),
             donate_argnums=(1,),
             out_shardings=shardings,
@@ -139,6 +149,16 @@ class RolloutEngine:
     def num_free_slots(self) -> int:
         """Slots that neither hold a live sample nor are spoken for by the queue."""
         return max(0, self.num_slots - len(self._live) - len(self._queue))
+
+    @property
+    def slots(self) -> Slots:
+        """State of all slots."""
+        return self._slots
+
+    @property
+    def programs(self) -> dict[str, Any]:
+        """The jitted phases by name, for `jaxrl.programs`."""
+        return {"prefill": self._prefill, "decode": self._decode}
 
     @property
     def is_idle(self) -> bool:
@@ -168,6 +188,23 @@ class RolloutEngine:
                 f"{len(request.params.stop_ids)} stop ids; this engine was built for {self._num_stop_ids}"
             )
         self._queue.extend((request, index) for index in request.sample_indices)
+
+    def cancel(self, streams: Set[int]) -> tuple[int, int]:
+        """Drop the samples of these streams, queued or half done: (samples dropped, their tokens)."""
+        queued = [entry for entry in self._queue if entry[0].stream in streams]
+        self._queue = deque(entry for entry in self._queue if entry[0].stream not in streams)
+        freed = [slot for slot, live in self._live.items() if live.request.stream in streams]
+        tokens = sum(sum(map(len, self._live.pop(slot).tokens)) for slot in freed)
+        if freed:
+            flags = np.isin(np.arange(self.num_slots), freed)
+            remaining = self._idle(self._slots.remaining, jax.device_put(flags, self._host))
+            self._slots = replace(self._slots, remaining=remaining)
+        return len(queued) + len(freed), tokens
+
+    def free(self) -> None:
+        """Give the slots' memory back; the engine is of no use afterwards."""
+        for leaf in jax.tree.leaves(self._slots):
+            leaf.delete()
 
     def run_chunk(
         self, snapshot: Snapshot, *, more_waits: bool = False
@@ -336,7 +373,7 @@ def _pad_prompts(
     distinct = list({request.stream: request for _, request, _ in entering}.values())
     longest = max(len(request.prompt) for request in distinct)
     columns = min(_bucket(longest, SMALLEST_BUCKET), max_prompt_tokens)
-    prompts = np.zeros((_bucket(len(distinct), 1), columns), np.int32)
+    prompts = np.zeros((prompt_bucket(len(distinct)), columns), np.int32)
     lengths = np.ones(len(prompts), np.int32)
     for row, request in enumerate(distinct):
         prompts[row, : len(request.prompt)] = request.prompt
@@ -345,16 +382,11 @@ def _pad_prompts(
     return _Prefilled(None, prompts, lengths, row_of)
 
 
+def prompt_bucket(prompts: int) -> int:
+    """Rows that a prefill of so many prompts has."""
+    return _bucket(prompts, 1)
+
+
 def _bucket(number: int, smallest: int) -> int:
     """The smallest power-of-two multiple of `smallest` that holds `number`."""
     return smallest << (-(-number // smallest) - 1).bit_length()
-
-
-def _slot_shardings(config: ModelConfig, mesh: Mesh, shapes: Slots) -> Slots:
-    """Slots over the data axis, kv heads over the tensor axis."""
-    per_slot = NamedSharding(mesh, PartitionSpec("data"))
-    cache = cache_shardings(config, mesh)
-    return Slots(
-        cache=cache, tokens=per_slot, positions=per_slot, remaining=per_slot, keys=per_slot,
-        temperature=per_slot, top_p=per_slot, top_k=per_slot, stop_ids=per_slot,
-    )  # fmt: skip

@@ -15,11 +15,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from models.attention import DecodeAttention, RowAttention
 from models.cache import KVCache, init_cache, insert_prompts
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, recompute, split_layers
 from models.head import head_logits
+from models.sharding import cache_shardings
 
 CDF_BLOCK = 32
 """Vocabulary entries per block of the two-level inverse CDF."""
@@ -53,46 +56,56 @@ class Chunk:
     steps: Any  # [] int32, decode steps really done
 
 
-def processed_logprobs(
+def processed_scores(
     logits: jax.Array, temperature: jax.Array, top_p: jax.Array, top_k: jax.Array, *, filtered: bool
 ) -> jax.Array:
-    """Log-probabilities [B, V] of the distribution that is sampled from.
+    """Scores [B, V] whose softmax is sampled from: logits / temperature.
 
-    Softmax of logits / temperature, restricted to the top_k most likely tokens and to the smallest set
-    whose mass reaches top_p (arXiv:1904.09751), renormalised. `filtered=False` skips both. Temperature 0
-    leaves the logits as they are (the caller takes the argmax, whose log-probability is then reported).
+    `filtered`: restricted to the top_k most likely tokens and to the smallest set whose mass reaches top_p
+    (arXiv:1904.09751), -inf elsewhere; False skips both. Temperature 0 leaves the logits as they are (the
+    caller takes the argmax, whose log-probability is then reported).
     """
-    scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
-    logprobs = jax.nn.log_softmax(logits / scale, axis=-1)
+    scores = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     if not filtered:
-        return logprobs
+        return scores
     vocab = logits.shape[-1]
-    order = jnp.argsort(-logprobs, axis=-1)
-    ranked = jnp.take_along_axis(logprobs, order, axis=-1)
-    before = jnp.cumsum(jnp.exp(ranked), axis=-1) - jnp.exp(ranked)
+    order = jnp.argsort(-scores, axis=-1)
+    ranked = jax.nn.softmax(jnp.take_along_axis(scores, order, axis=-1), axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked
     limit = jnp.where(top_k > 0, top_k, vocab)[:, None]
     rank = jnp.arange(vocab)[None, :]
     keep_ranked = (rank < limit) & ((before < top_p[:, None]) | (rank == 0))
     keep = (
         jnp.zeros_like(keep_ranked).at[jnp.arange(logits.shape[0])[:, None], order].set(keep_ranked)
     )
-    return jax.nn.log_softmax(jnp.where(keep, logprobs, -jnp.inf), axis=-1)
+    return jnp.where(keep, scores, -jnp.inf)
 
 
-def inverse_cdf(logprobs: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Token [B] whose cumulated probability first exceeds `uniform` [B] in [0, 1).
+def inverse_cdf(
+    scores: jax.Array, uniform: jax.Array, best: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Token [B] whose cumulated probability first exceeds `uniform` [B] in [0, 1), and its log-probability [B]
+    under softmax(scores [B, V]); tokens of `best` [B] that are not negative are taken as they are.
 
     Two levels, so that float32 sums stay short: first the block of CDF_BLOCK tokens, then the token in it.
+    Nothing of size V is made from the scores: both levels and the sum are reductions of them.
     """
-    rows, vocab = logprobs.shape
+    rows, vocab = scores.shape
     blocks = -(-vocab // CDF_BLOCK)
-    padded = jnp.pad(jnp.exp(logprobs), ((0, 0), (0, blocks * CDF_BLOCK - vocab)))
-    probabilities = padded.reshape(rows, blocks, CDF_BLOCK)
-    masses = probabilities.sum(-1)
-    block, inside = _first_exceeding(masses, uniform * masses.sum(-1))
-    chosen = jnp.take_along_axis(probabilities, block[:, None, None], axis=1)[:, 0]
+    padding = ((0, 0), (0, blocks * CDF_BLOCK - vocab))
+    peak = jnp.max(scores, axis=-1)
+    in_blocks = jnp.pad(scores, padding, constant_values=-jnp.inf).reshape(rows, blocks, CDF_BLOCK)
+    masses = jnp.exp(in_blocks - peak[:, None, None]).sum(-1)
+    total = masses.sum(-1)
+    block, inside = _first_exceeding(masses, uniform * total)
+    chosen = jnp.take_along_axis(in_blocks, block[:, None, None], axis=1)[:, 0]
+    chosen = jnp.exp(chosen - peak[:, None])
     token, _ = _first_exceeding(chosen, jnp.minimum(inside, chosen.sum(-1)))
-    return block * CDF_BLOCK + token
+    token = block * CDF_BLOCK + token
+    if best is not None:
+        token = jnp.where(best < 0, token, best)
+    score = jnp.take_along_axis(scores, token[:, None], axis=-1)[:, 0]
+    return token, score - peak - jnp.log(total)
 
 
 def _first_exceeding(masses: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -112,20 +125,20 @@ def sample_tokens(
 
     `greedy=False` promises that no slot has temperature 0, `filtered=False` that none uses top-p or top-k.
     """
-    logprobs = processed_logprobs(
+    scores = processed_scores(
         logits, slots.temperature, slots.top_p, slots.top_k, filtered=filtered
     )
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.keys), slots.positions)
-    tokens = inverse_cdf(logprobs, jax.vmap(jax.random.uniform)(keys))
+    best = None
     if greedy:
         best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        tokens = jnp.where(slots.temperature > 0, tokens, best)
-    return tokens, jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+        best = jnp.where(slots.temperature > 0, -1, best)
+    return inverse_cdf(scores, jax.vmap(jax.random.uniform)(keys), best)
 
 
 def decode_chunk(
     policy: Decoder, slots: Slots, idle_budget: jax.Array, *, steps: int, dtype: jnp.dtype,
-    filtered: bool, greedy: bool,
+    filtered: bool, greedy: bool, attention: DecodeAttention = "blocks",
 ) -> tuple[Slots, Chunk]:  # fmt: skip
     """Up to `steps` decode steps over all slots in one loop.
 
@@ -137,7 +150,6 @@ def decode_chunk(
     """
     layers = split_layers(policy)  # sliced inside the loop, they would be copied in every step
     num_slots = slots.positions.shape[0]
-    rows = jnp.arange(num_slots)
 
     def goes_on(carry: tuple[Slots, Chunk, jax.Array]) -> jax.Array:
         slots, chunk, idle = carry
@@ -147,10 +159,12 @@ def decode_chunk(
         slots, chunk, idle = carry
         step = chunk.steps
         alive = slots.remaining > 0
-        inputs = slots.tokens[rows, slots.positions]
+        # each slot reads and writes its own row, so devices that share the slots exchange nothing
+        inputs = jax.vmap(lambda row, at: row[at])(slots.tokens, slots.positions)
         hidden, cache = decode_step(
-            policy, slots.cache, inputs, slots.positions, dtype=dtype, layers=layers
-        )
+            policy, slots.cache, inputs, slots.positions, dtype=dtype, layers=layers,
+            attention=attention,
+        )  # fmt: skip
         logits = head_logits(policy, hidden, dtype=dtype)
         token, logprob = sample_tokens(logits, slots, filtered=filtered, greedy=greedy)
         stopped = jnp.any(token[:, None] == slots.stop_ids, axis=-1)
@@ -167,7 +181,9 @@ def decode_chunk(
         slots = replace(
             slots,
             cache=cache,
-            tokens=slots.tokens.at[rows, following].set(written, mode="drop"),
+            tokens=jax.vmap(lambda row, at, token: row.at[at].set(token, mode="drop"))(
+                slots.tokens, following, written
+            ),
             positions=jnp.where(remaining > 0, following, slots.positions),
             remaining=remaining,
         )
@@ -184,9 +200,12 @@ def decode_chunk(
     return slots, chunk
 
 
-def recompute_cache(policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype) -> Slots:
+def recompute_cache(
+    policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype, attention: RowAttention = "xla"
+) -> Slots:
     """All cached keys and values of the first `tokens` positions again, under new weights."""
-    cache = recompute(policy, slots.cache, slots.tokens[:, :tokens], dtype=dtype)
+    tokens_so_far = slots.tokens[:, :tokens]
+    cache = recompute(policy, slots.cache, tokens_so_far, dtype=dtype, attention=attention)
     return replace(slots, cache=cache)
 
 
@@ -235,10 +254,11 @@ def admit(
 
 
 def empty_slots(
-    config: ModelConfig, *, num_slots: int, max_tokens: int, num_stop_ids: int, dtype: jnp.dtype
-) -> Slots:
+    config: ModelConfig, *, num_slots: int, max_tokens: int, num_stop_ids: int,
+    cache_dtype: jnp.dtype, attention: DecodeAttention,
+) -> Slots:  # fmt: skip
     """`num_slots` idle slots for sequences of at least `max_tokens` tokens (the cache rounds up)."""
-    cache = init_cache(config, num_slots, max_tokens, dtype)
+    cache = init_cache(config, num_slots, max_tokens, cache_dtype, attention)
     return Slots(
         cache=cache,
         tokens=jnp.zeros((num_slots, cache.max_tokens), jnp.int32),
@@ -250,3 +270,13 @@ def empty_slots(
         top_k=jnp.zeros(num_slots, jnp.int32),
         stop_ids=jnp.full((num_slots, num_stop_ids), -1, jnp.int32),
     )
+
+
+def slot_shardings(config: ModelConfig, mesh: Mesh) -> Slots:
+    """Slots over the data axis, kv heads over the tensor axis. A tree prefix of Slots."""
+    per_slot = NamedSharding(mesh, PartitionSpec("data"))
+    cache = cache_shardings(config, mesh)
+    return Slots(
+        cache=cache, tokens=per_slot, positions=per_slot, remaining=per_slot, keys=per_slot,
+        temperature=per_slot, top_p=per_slot, top_k=per_slot, stop_ids=per_slot,
+    )  # fmt: skip

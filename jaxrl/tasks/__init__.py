@@ -26,6 +26,11 @@ def make_task(config: TaskConfig, seed: int) -> Task:
     if config.name in _FORMS:
         kind = FileTask if config.judge == "exact" else JudgedFileTask
         return kind(config, seed, _FORMS[config.name])
+    if config.shaping.kind != "verifier":
+        raise UserError(
+            f"task.shaping.kind={config.shaping.kind}, but task {config.name} has a form of its own; leave it "
+            f"out, or set task.name to one of {', '.join(_FORMS)}"
+        )
     if config.verifier is not None:
         raise UserError(
             f"task.verifier={config.verifier}, but task {config.name} has its own exact check; leave "

@@ -86,12 +86,16 @@ class ArithmeticTask:
         """Compare the text, or what follows its one marker, with the answer; unfinished: wrong."""
         if not self._config.worked:
             correct = finished and completion == problem.answer
-            return Reward(total=float(correct), parts={"correct": float(correct)}, correct=correct)
+            return Reward(
+                total=float(correct), parts={"correct": float(correct)}, correct=correct,
+                answer=completion if finished else "",
+            )  # fmt: skip
         _, *results = completion.split(MARKER)
         formatted = finished and len(results) == 1
         correct = formatted and results[0] == problem.answer
         parts = {"correct": float(correct), "format": float(formatted)}
-        return Reward(total=float(correct), parts=parts, correct=correct)
+        answer = results[0] if formatted else ""
+        return Reward(total=float(correct), parts=parts, correct=correct, answer=answer)
 
 
 @lru_cache(maxsize=12)

@@ -62,6 +62,15 @@ class IsolatedTask(Protocol):
         ...
 
 
+@runtime_checkable
+class ShapedTask(Protocol):
+    """A task whose reward is more than its verdict."""
+
+    def shape(self, problem: Problem, completion: str, num_tokens: int, verdict: Reward) -> Reward:
+        """The reward of a completion of so many tokens that `verify` has judged."""
+        ...
+
+
 def stable_hash(text: str) -> int:
     """63-bit hash that is the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
+from jaxrl.rewards.combine import Magistral
 from jaxrl.rewards.verifiers import configured, score_exact
 from jaxrl.tasks.base import Split, most_problems, problem_id, shuffled, split_of
 from jaxrl.tasks.rows import Row, check_source, read_rows
@@ -71,6 +72,9 @@ class FileTask:
         if config.test_path is not None:
             check_source("task.test_path", config.test_path)
         self._config, self._path, self._seed, self._form = config, config.path, seed, form
+        self._shaping = None
+        if config.shaping.kind == "magistral":
+            self._shaping = Magistral(config, config.prompt_template or form.template)
 
     @property
     def chance_rate(self) -> float:
@@ -128,6 +132,12 @@ class FileTask:
         """Compare stripped texts; unfinished is wrong."""
         return _unless_cut(score_exact(problem.prompt, completion, problem.row), finished)
 
+    def shape(self, problem: Problem, completion: str, num_tokens: int, verdict: Reward) -> Reward:
+        """The verdict, combined as task.shaping says; see jaxrl.tasks.base.ShapedTask."""
+        if self._shaping is None:
+            return verdict
+        return self._shaping(problem.prompt, completion, num_tokens, verdict)
+
     def _read(self, source: Path) -> list[Problem]:
         """Problems in the order of the file. Raises: UserError naming file, line, fault and remedy."""
         problems: list[Problem] = []
@@ -160,8 +170,8 @@ class FileTask:
 class JudgedFileTask(FileTask):
     """Reward and parts of the configured verifier, in verifier processes.
 
-    A built-in verifier's reward is 0 for a completion that the length limit cut off; a function of the
-    user's own judges it as any other.
+    A built-in verifier's reward is 0 for a completion that the length limit cut off; similarity, which
+    has less than 0 for a wrong form, and a function of the user's own judge it as any other.
     """
 
     def __init__(self, config: TaskConfig, seed: int, form: Form) -> None:
@@ -169,7 +179,7 @@ class JudgedFileTask(FileTask):
         super().__init__(config, seed, form)
         name = config.judge or ""
         self._verifier = configured(config, name)
-        self._own = ":" in name
+        self._judges_cut = ":" in name or name == "similarity"
 
     def load_verifier(self) -> None:
         """Make `verify` ready; see jaxrl.tasks.base.IsolatedTask."""
@@ -178,7 +188,7 @@ class JudgedFileTask(FileTask):
     def verify(self, problem: Problem, completion: str, finished: bool) -> Reward:
         """Judge with the verifier."""
         reward = self._verifier(problem.prompt, completion, problem.row)
-        return _unless_cut(reward, finished or self._own)
+        return _unless_cut(reward, finished or self._judges_cut)
 
 
 def _unless_cut(reward: Reward, finished: bool) -> Reward:

@@ -3,17 +3,19 @@
     {"prompt": "2+2=", "answer": "4"}
     {"prompt": "capital of France?", "answer": "Paris", "solution": "Paris"}
 
-Judged by task.verifier. exact, the default, wants an answer and no other fields than these; other
-verifiers see the whole row, and code and functions of your own need no answer.
+Judged by task.verifier. exact, the default, wants an answer and no other fields than these and
+`curation`, which python -m jaxrl.curate writes; other verifiers see the whole row, and code, similarity
+and functions of your own need no answer.
 """
 
 from __future__ import annotations
 
 from jaxrl.errors import UserError
+from jaxrl.rewards.similarity import read_edit
 from jaxrl.tasks.files import Form, Parsed, text
 from jaxrl.tasks.rows import Row
 
-_FIELDS = ("prompt", "answer", "solution")
+_FIELDS = ("prompt", "answer", "solution", "curation")
 
 
 def _parse(row: Row, where: str, verifier: str) -> Parsed:
@@ -26,6 +28,11 @@ def _parse(row: Row, where: str, verifier: str) -> Parsed:
 
 def _parsed(row: Row, where: str, verifier: str) -> Parsed:
     prompt = text(row, ("prompt",), where)
+    if verifier == "similarity":
+        try:
+            read_edit(row)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
     if verifier not in ("exact", "math"):
         answer, solution = row.get("answer"), row.get("solution")
         return Parsed(
@@ -53,6 +60,6 @@ JSONL = Form(
     name="jsonl",
     parse=_parse,
     template="{problem}",
-    verifiers=("exact", "math", "code"),
+    verifiers=("exact", "math", "code", "similarity"),
     from_scratch=True,
 )

@@ -17,6 +17,10 @@ _RECENT_STEPS = 20  # steps whose mean duration predicts the rest
 SHOWN = (
     ("reward", "reward/mean", "{:.3f}"),
     ("pass@1", "eval/pass_at_1", "{:.1%}"),
+    ("loss", "sft/loss", "{:.3f}"),
+    ("held-out loss", "eval/loss", "{:.3f}"),
+    ("loss", "preference/loss", "{:.4f}"),
+    ("accuracy", "rewards/accuracy", "{:.1%}"),
     ("samples/s", "perf/samples_per_s", "{:.1f}"),
     ("staleness", "off_policy/staleness_mean", "{:.2f}"),
 )

@@ -13,7 +13,7 @@ import numpy as np
 from jaxrl.buffer import GroupBuffer
 from jaxrl.cli import config_yaml
 from jaxrl.config import Config
-from jaxrl.observe import Observer
+from jaxrl.observe import Observer, Shapes
 from jaxrl.plan import Plan
 from jaxrl.run_folder import RunFolder
 from jaxrl.telemetry.metrics import MetricsWriter, assert_share
@@ -23,6 +23,7 @@ from jaxrl.telemetry.spans import SpanRecorder
 from jaxrl.telemetry.watchdog import HangError, Limits, Watchdog, abort
 from jaxrl.types import RolloutGroup
 from roofline.hardware import Hardware
+from roofline.phases import Phase
 from roofline.predict import predict
 
 SAMPLES_EVERY_STEPS = 10
@@ -46,10 +47,16 @@ class RunTelemetry:
         self._writer = MetricsWriter(folder.metrics, folder.tensorboard)
         self._writer.config(config_yaml(config))
         self._samples = folder.samples
-        self._plan = plan
         self._hardware = hardware
         self._peak = hardware.peak(config.model.dtype)
         self._logged_at = time.perf_counter()
+        self._left_out: set[str] = set()
+        self._step = step
+        self._limits = _limits(config, plan)
+
+    def observer_of(self, shapes: Shapes) -> Observer:
+        """What records phases of other shapes than the plan's, as a stage of the length curriculum has."""
+        return Observer(self.recorder, shapes)
 
     def curves(self, step: int, metrics: Mapping[str, float]) -> None:
         """Points that belong to no optimizer step's line, e.g. the first evaluation."""
@@ -84,11 +91,10 @@ class RunTelemetry:
             buffer.fail(error)
             threading.Timer(_UNWIND_S, abort, [error]).start()
 
-        watchdog = Watchdog(
-            self.recorder.open_spans, self.recorder.now_s,
-            Limits(predicted_s=self._plan.phase_s), on_hang,
-        )  # fmt: skip
+        watchdog = Watchdog(self.recorder.open_spans, self.recorder.now_s, self._limits, on_hang)
         watchdog.start()
+        self.recorder.close_step(self._step)  # the time of the first step begins here
+        self._logged_at = time.perf_counter()
         try:
             with self.progress:
                 yield
@@ -113,13 +119,36 @@ class RunTelemetry:
         }
         if "roofline/train/flops_per_s" in times:
             mfu = times["roofline/train/flops_per_s"] / self._peak
-            rates["perf/mfu_train"] = assert_share("perf/mfu_train", mfu)
+            rates |= self._share("perf/mfu_train", mfu)
         if "roofline/decode/bytes_per_s" in times:
             mbu = times["roofline/decode/bytes_per_s"] / self._hardware.hbm_bytes_per_s
-            rates["perf/mbu_decode"] = assert_share("perf/mbu_decode", mbu)
+            rates |= self._share("perf/mbu_decode", mbu)
         for name in ("perf/trainer_idle_ratio", "perf/rollouter_idle_ratio"):
             assert_share(name, times[name], zero_allowed=True)
         return rates
+
+    def _share(self, name: str, value: float) -> dict[str, float]:
+        """The share of a peak; left out, and said once, where it exceeds a peak that was measured here."""
+        if value <= 1 or not self._hardware.calibrated:
+            return {name: assert_share(name, value)}
+        if name not in self._left_out:
+            self._left_out.add(name)
+            self.progress.note(
+                f"{name} would be {value:.0%} and is left out: this machine is faster than its "
+                "calibration says; measure it again with --recalibrate"
+            )
+        return {}
+
+
+def _limits(config: Config, plan: Plan) -> Limits:
+    """Evaluations sample as steps do. Verifiers that run programs or parse text may use their time."""
+    evaluated = config.eval.problems * config.eval.samples / plan.samples
+    predicted_s = {**plan.phase_s, Phase.EVAL: evaluated * plan.phase_s[Phase.DECODE]}
+    if config.task.judge is None:
+        return Limits(predicted_s=predicted_s)
+    workers = max(1, config.task.reward_workers)
+    verified_s = max(1.0, evaluated) * plan.samples * config.task.reward_timeout_s / workers
+    return Limits(predicted_s=predicted_s, floor_s=Limits().floor_s + verified_s)
 
 
 def staleness_curves(staleness: Sequence[int], groups: Sequence[RolloutGroup]) -> dict[str, float]:

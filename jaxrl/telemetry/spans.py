@@ -15,10 +15,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -37,6 +38,7 @@ _IDLE_RATIOS = (
     ("perf/trainer_idle_ratio", Phase.WAIT_BATCH),
     ("perf/rollouter_idle_ratio", Phase.WAIT_LEARNER),
 )
+_COVERED = (Phase.REWARD, Phase.WAIT_BATCH, Phase.WAIT_LEARNER)
 
 
 class Predicted(Protocol):
@@ -96,7 +98,10 @@ class _Window:
     costed_s: dict[Phase, float] = field(default_factory=lambda: defaultdict(float))
     flops: dict[Phase, float] = field(default_factory=lambda: defaultdict(float))
     hbm_bytes: dict[Phase, float] = field(default_factory=lambda: defaultdict(float))
-    waits: dict[Phase, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+    intervals: dict[Phase, list[tuple[float, float]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    """(start, end) of waits and of verifications, which overlap."""
 
 
 class SpanRecorder:
@@ -206,8 +211,8 @@ class SpanRecorder:
             if span.cost is not None:
                 window.flops[span.phase] += span.cost.flops
                 window.hbm_bytes[span.phase] += span.cost.hbm_bytes
-        if any(span.phase == phase for _, phase in _IDLE_RATIOS):
-            window.waits[span.phase].append((span.start_s, span.start_s + duration_s))
+        if span.phase in _COVERED:
+            window.intervals[span.phase].append((span.start_s, span.start_s + duration_s))
 
     def open_spans(self) -> tuple[OpenSpan, ...]:
         """Spans that have begun and not ended, oldest first."""
@@ -229,7 +234,8 @@ class SpanRecorder:
     def close_step(self, step: int) -> dict[str, float]:
         """Metrics of the time since the last call, and write the spans to the file.
 
-        time/<phase>_s sums every span that ended in this time. roofline/<phase>/* sum only spans
+        time/<phase>_s sums every span that ended in this time; groups overlap at the verifiers, so
+        that time/reward_s is the time that at least one of them took. roofline/<phase>/* sum only spans
         with a prediction; ratio = measured_s / predicted_s. The idle ratios are the share of this
         time that a lane spent waiting, open waits included; they lie in [0, 1].
         """
@@ -237,8 +243,8 @@ class SpanRecorder:
         with self._lock:
             window, self._window = self._window, _Window(start_s=now_s)
             for span in self._open.values():
-                if any(span.phase == phase for _, phase in _IDLE_RATIOS):
-                    window.waits[span.phase].append((span.start_s, now_s))
+                if span.phase in _COVERED:
+                    window.intervals[span.phase].append((span.start_s, now_s))
             self._step = step + 1
         self.flush()
         return _window_metrics(window, now_s)
@@ -254,9 +260,11 @@ class SpanRecorder:
 
     def close(self) -> None:
         """Write what is buffered and close the file; may be called twice."""
-        self.flush()
-        self._file.close()
         atexit.unregister(self.close)
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 def _checked(lane: str) -> Lane:
@@ -289,6 +297,8 @@ def _window_metrics(window: _Window, end_s: float) -> dict[str, float]:
     """Metrics of one window; see SpanRecorder.close_step."""
     metrics: dict[str, float] = {}
     for phase, measured_s in window.measured_s.items():
+        if phase == Phase.REWARD:
+            measured_s = covered_s(window.intervals[phase])
         metrics[f"time/{phase}_s"] = measured_s
         metrics[f"time/{phase}_calls"] = window.calls[phase]
     for phase, predicted_s in window.predicted_s.items():
@@ -303,12 +313,14 @@ def _window_metrics(window: _Window, end_s: float) -> dict[str, float]:
             )
     length_s = end_s - window.start_s
     for name, phase in _IDLE_RATIOS:
-        waited_s = covered_s(window.waits[phase], window.start_s, end_s)
+        waited_s = covered_s(window.intervals[phase], window.start_s, end_s)
         metrics[name] = waited_s / length_s if length_s > 0 else 0.0
     return metrics
 
 
-def covered_s(intervals: list[tuple[float, float]], start_s: float, end_s: float) -> float:
+def covered_s(
+    intervals: Sequence[tuple[float, float]], start_s: float = -math.inf, end_s: float = math.inf
+) -> float:
     """Length of the union of (start, end) intervals inside [start_s, end_s]."""
     total_s, reached_s = 0.0, start_s
     for begin, end in sorted(intervals):

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl.telemetry.jsonl import finite_or_none
+from jaxrl.telemetry.spans import covered_s
+from roofline.analyse import companies, in_company
 from roofline.hardware import Hardware
 from roofline.phases import Phase, PhaseCost
 from roofline.predict import mbu, mfu
+from roofline.read_run import read_span
 
 _PACKAGES = ("jaxrl", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -26,8 +29,12 @@ class PhaseSummary:
 
     calls: int
     measured_s: float
-    """Sum over all spans, with and without a prediction."""
+    """Sum over all spans, with and without a prediction; of verifications, which overlap, the time that
+    at least one of them took."""
+    alone_s: float | None
+    """Predicted, as if nothing else ran; this and the next sum over the spans that carry a prediction."""
     predicted_s: float | None
+    """Predicted, with the other lane computing beside them as it did."""
     lower_s: float | None
     ratio: float | None
     """Measured over predicted, both summed over the spans that carry a prediction."""
@@ -48,7 +55,10 @@ class Summary:
     pass_at_8_before: float | None
     pass_at_8_after: float | None
     wall_s: float
+    """From the first weights, or their restoration, to this summary, over all starts of the run [s]."""
     samples_per_s: float
+    """Samples learnt from over the time of the optimizer steps, the sum of time/step_s in metrics.jsonl:
+    periodic evaluations and checkpoints are in it, the cold start is not."""
     steps: int
     staleness_histogram: Mapping[int, int]
     """Consumed samples by staleness."""
@@ -76,10 +86,13 @@ class _Totals:
     calls: int = 0
     measured_s: float = 0.0
     costed_s: float = 0.0
+    alone_s: float = 0.0
     predicted_s: float = 0.0
     lower_s: float = 0.0
     cost: PhaseCost | None = None
     bounds: Counter[str] = field(default_factory=Counter)
+    verified: list[tuple[float, float]] = field(default_factory=list)
+    """(start, end) of verifications."""
 
 
 def summarise_phases(
@@ -87,29 +100,39 @@ def summarise_phases(
 ) -> dict[str, PhaseSummary]:
     """Totals per phase of the records of spans.jsonl, in the order of roofline.phases.Phase.
 
-    MFU and MBU need `hardware`; their time is that of the spans with a prediction.
+    MFU and MBU need `hardware`; their time is that of the spans with a prediction. So does the time
+    beside the other lane, which without it is the time alone.
     """
     totals: dict[Phase, _Totals] = {}
-    for span in spans:
+    records = list(spans)
+    read = [read_span(record, "a span", "float32") for record in records]
+    for span, seen, company in zip(records, read, companies(read), strict=True):
         total = totals.setdefault(Phase(span["phase"]), _Totals())
         total.calls += 1
         total.measured_s += span["duration_s"]
+        if span["phase"] == Phase.REWARD:
+            total.verified.append((span["start_s"], span["start_s"] + span["duration_s"]))
         if span["cost"] is None or span["predicted_s"] is None:
             continue
         cost = PhaseCost(phase=Phase(span["phase"]), **span["cost"])
         total.cost = cost if total.cost is None else total.cost + cost
         total.costed_s += span["duration_s"]
-        total.predicted_s += span["predicted_s"]
+        total.alone_s += span["predicted_s"]
+        total.predicted_s += (
+            in_company(seen, company, hardware) if hardware else span["predicted_s"]
+        )
         total.lower_s += span["lower_s"]
         total.bounds[span["bound"]] += span["predicted_s"]
     return {str(phase): _summarised(totals[phase], hardware) for phase in Phase if phase in totals}
 
 
 def _summarised(total: _Totals, hardware: Hardware | None) -> PhaseSummary:
+    measured_s = covered_s(total.verified) if total.verified else total.measured_s
     if total.cost is None or total.predicted_s <= 0 or total.costed_s <= 0:
         return PhaseSummary(
             calls=total.calls,
-            measured_s=total.measured_s,
+            measured_s=measured_s,
+            alone_s=None,
             predicted_s=None,
             lower_s=None,
             ratio=None,
@@ -119,7 +142,8 @@ def _summarised(total: _Totals, hardware: Hardware | None) -> PhaseSummary:
         )
     return PhaseSummary(
         calls=total.calls,
-        measured_s=total.measured_s,
+        measured_s=measured_s,
+        alone_s=total.alone_s,
         predicted_s=total.predicted_s,
         lower_s=total.lower_s,
         ratio=total.costed_s / total.predicted_s,

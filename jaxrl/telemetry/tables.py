@@ -33,14 +33,17 @@ def print_summary(
     """Print the outcome: predicted | measured per phase, pass@k before and after, where to look."""
     console = console or make_console()
     console.print(_phase_table(summary.phases, console))
+    console.print(
+        "alone: predicted as if nothing else ran; predicted: beside the other lane as it computed"
+    )
     if summary.impossible:
         shares = ", ".join(summary.impossible)
         console.print(f"Above 1, so a cost or a peak is wrong: {shares}", style="bold red")
     console.print()
     console.print(_outcome_table(summary, console))
     console.print(
-        f"\n{summary.steps} steps in {format_duration(summary.wall_s)}, "
-        f"{summary.samples_per_s:.1f} samples/s, {summary.device}, seed {summary.seed}\n",
+        f"\n{summary.steps} steps in {format_duration(summary.wall_s)} with cold start and evaluations, "
+        f"{summary.samples_per_s:.1f} samples/s in the steps\n{summary.device}, seed {summary.seed}\n",
         markup=False,
     )
     console.print("Staleness of consumed samples, in optimizer steps", style="bold")
@@ -62,7 +65,7 @@ def _table(console: Console, title: str) -> Table:
 def _phase_table(phases: Mapping[str, PhaseSummary], console: Console) -> Table:
     table = _table(console, "Predicted and measured, summed over the run")
     table.add_column("phase", no_wrap=True)
-    for name in ("calls", "predicted s", "measured s", "ratio"):
+    for name in ("calls", "alone s", "predicted s", "measured s", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound", no_wrap=True)
     for name in ("MFU", "MBU"):
@@ -71,6 +74,7 @@ def _phase_table(phases: Mapping[str, PhaseSummary], console: Console) -> Table:
         table.add_row(
             name,
             str(phase.calls),
+            _number(phase.alone_s, "{:.3f}"),
             _number(phase.predicted_s, "{:.3f}"),
             f"{phase.measured_s:.3f}",
             _number(phase.ratio, "{:.2f}"),

@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
     out.add_argument("--run", type=Path, required=True, dest="run_dir", help="run folder")
     out.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    out.add_argument(
+        "--adapter", action="store_true", help="the adapter alone, for peft; default: merged"
+    )
     out.set_defaults(run_command=_export)
     mean = commands.add_parser("merge", help="weighted mean of checkpoints of one architecture")
     mean.add_argument("sources", nargs="+", help="folders of checkpoints, or hub ids")
@@ -80,7 +83,12 @@ def _inspect(options: argparse.Namespace) -> str:
 
 
 def _export(options: argparse.Namespace) -> str:
-    step = export_run(options.run_dir, options.out, step=options.step, dtype=options.dtype)
+    step = export_run(
+        options.run_dir, options.out, step=options.step, dtype=options.dtype,
+        adapter=options.adapter,
+    )  # fmt: skip
+    if options.adapter:
+        return f"adapter of checkpoint {step} of {options.run_dir} written to {options.out}"
     return f"checkpoint {step} of {options.run_dir} written to {options.out} in {options.dtype}"
 
 

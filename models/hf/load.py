@@ -20,9 +20,9 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.hf.names import HFTensor, input_dims
+from models.hf.names import HFTensor
 from models.hf.read import Stored, checked_tensors, read_config, read_tensor
-from models.parameters import outer_table, stacked_layer_table
+from models.parameters import input_dims, outer_table, stacked_layer_table
 from models.sharding import map_parameters, parameters_by_name
 
 PIECE_BYTES = 8 * 2**20

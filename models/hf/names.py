@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.config import ModelConfig
-from models.parameters import layer_table, outer_table
+from models.parameters import input_dims, layer_table, outer_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +76,6 @@ def _layer_names(config: ModelConfig) -> Iterator[tuple[str, str]]:
     if config.qk_norm:
         yield "q_norm", "self_attn.q_norm.weight"
         yield "k_norm", "self_attn.k_norm.weight"
-
-
-def input_dims(parameter: str) -> int:
-    """How many leading dims of a projection of ours are its input: K, G, H of attention_out, else
-    one."""
-    return 3 if parameter == "attention_out" else 1
 
 
 def _projection_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, int]:

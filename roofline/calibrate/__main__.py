@@ -3,62 +3,82 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import dataclasses
+import statistics
 import time
 from pathlib import Path
 
-from models.config import ModelConfig, RopeScaling
+import jax
+
 from roofline.calibrate.measure import QUICKSTART, calibrate
+from roofline.calibrate.micro import versions
+from roofline.choose import find_model, report_errors
 from roofline.hardware import Hardware
-from roofline.machine import Workload
+from roofline.machine import Workload, cache_file
+from roofline.settings import model_of, read_settings, workload_of
 
 
 def main() -> None:
     """Parse the command line, calibrate, print."""
-    parser = argparse.ArgumentParser(prog="python -m roofline.calibrate", description=__doc__)
-    parser.add_argument(
-        "--model", type=Path, help="JSON file with the fields of models.config.ModelConfig"
-    )
-    parser.add_argument("--slots", type=int, default=128, help="sequences decoded at once")
-    parser.add_argument("--kv-len", type=int, default=32, help="cached tokens a step reads")
-    parser.add_argument("--rows", type=int, default=64, help="packed rows of a micro-batch")
-    parser.add_argument("--row-tokens", type=int, default=64, help="length of a packed row")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--budget-s", type=float, default=60.0, help="time to spend [s]")
-    parser.add_argument("--quick", action="store_true", help="only what a run needs; no check")
-    parser.add_argument("--out", type=Path, help="write the hardware as JSON here")
-    options = parser.parse_args()
-    workload = Workload(
-        slots=options.slots,
-        kv_len=options.kv_len,
-        rows=options.rows,
-        row_tokens=options.row_tokens,
-        dtype=options.dtype,
-    )
-    try:
-        model = _model(options.model) if options.model else QUICKSTART
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"--model {options.model}: {error}")
+    options = _parser().parse_args()
+    report_errors(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    for name in ("slots", "kv_len", "rows", "row_tokens", "budget_s"):
+        if getattr(options, name) <= 0:
+            raise ValueError(
+                f"--{name.replace('_', '-')}={getattr(options, name)} must be greater than 0"
+            )
+    settings = None if options.config is None else read_settings(options.config)
+    if settings is None:
+        model = QUICKSTART
+        workload = Workload(
+            slots=options.slots, kv_len=options.kv_len, rows=options.rows,
+            row_tokens=options.row_tokens, dtype=options.dtype,
+        )  # fmt: skip
+    else:
+        model, workload = model_of(settings, QUICKSTART.vocab_size), workload_of(settings)
+    if options.model is not None:
+        model = find_model(options.model, QUICKSTART.vocab_size)
+    model = dataclasses.replace(model, lora=None)
     begin = time.perf_counter()
     hardware = calibrate(
         model, workload=workload, budget_s=options.budget_s, thorough=not options.quick
     )
     print(describe(hardware))
     print(f"measured in {time.perf_counter() - begin:.1f} s")
-    if options.out:
-        hardware.save(options.out)
-        print(f"written to {options.out}")
+    places = [] if options.out is None else [options.out]
+    if not hardware.disturbance:
+        devices = jax.devices()
+        places.append(cache_file(model, workload, versions(devices[0]), len(devices)))
+    for place in places:
+        try:
+            hardware.save(place)
+        except OSError as error:
+            raise ValueError(f"cannot write {place}: {error}") from error
+        print(f"written to {place}")
 
 
-def _model(path: Path) -> ModelConfig:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("no_rope_layers", "eos_token_ids"):
-        if name in fields:
-            fields[name] = tuple(fields[name])
-    if fields.get("rope_scaling"):
-        fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-    return ModelConfig(**fields)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m roofline.calibrate",
+        description=__doc__,
+        epilog="A run calibrates its own shapes when it starts, with its own lanes as well; what this "
+        "command measures is stored for the other commands of roofline, as hardware 'this'.",
+    )
+    add = parser.add_argument
+    add("--config", help="model and shapes of a configuration: YAML file, name, or run folder")
+    add("--model", help="name, config.json of Hugging Face, or run folder (default: quickstart's)")
+    add("--slots", type=int, default=128, help="sequences decoded at once (without --config)")
+    add("--kv-len", type=int, default=32, help="cached tokens a step reads (without --config)")
+    add("--rows", type=int, default=64, help="packed rows of a micro-batch (without --config)")
+    add("--row-tokens", type=int, default=64, help="length of a packed row (without --config)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="(without --config)")
+    add("--budget-s", type=float, default=60.0, help="time to spend [s]")
+    add("--quick", action="store_true", help="only what a run needs; no check")
+    add("--out", type=Path, help="write the hardware as JSON here too")
+    return parser
 
 
 def describe(hardware: Hardware) -> str:
@@ -68,6 +88,7 @@ def describe(hardware: Hardware) -> str:
     )
     lines = [
         f"{hardware.name} ({hardware.date})",
+        *([f"  DISTURBED: {hardware.disturbance}; measure again"] if hardware.disturbance else []),
         f"  peak [GFLOP/s]        {peaks}",
         f"  memory                {hardware.hbm_bytes_per_s / 1e9:.1f} GB/s",
         f"  link                  {hardware.link_bytes_per_s / 1e9:.1f} GB/s, "
@@ -75,16 +96,26 @@ def describe(hardware: Hardware) -> str:
         f"  dispatch, kernel      {hardware.dispatch_s * 1e6:.1f} us, "
         f"{hardware.kernel_s * 1e6:.2f} us",
         f"  contention            {hardware.contention:.2f}",
-        "  shares                compute  memory  kernel [us]",
+        "  shares                compute  memory  kernel [us]  call [ms]  beside the other lane",
     ]
     for phase, share in {"(general)": hardware.efficiency, **hardware.phase_efficiency}.items():
         kernel_s = hardware.kernel_s if share.kernel_s is None else share.kernel_s
         lines.append(
-            f"    {phase:<18}  {share.compute:7.3f} {share.memory:7.3f} {kernel_s * 1e6:8.2f}"
+            f"    {phase:<18}  {share.compute:7.3f} {share.memory:7.3f} {kernel_s * 1e6:12.2f} "
+            f"{share.call_s * 1e3:10.3f} {hardware.phase_contention.get(phase, hardware.contention):10.2f}"
         )
     if hardware.held_out:
         lines.append("  held-out shapes       predicted / measured")
         lines += [f"    {name:<18}  {ratio:7.2f}" for name, ratio in hardware.held_out.items()]
+        errors = {name: abs(ratio - 1) for name, ratio in hardware.held_out.items()}
+        phases = dict.fromkeys(name.split()[0] for name in errors)
+        worst = {
+            p: statistics.median(e for n, e in errors.items() if n.startswith(p)) for p in phases
+        }
+        said = ", ".join(f"{phase} {error:.0%}" for phase, error in worst.items())
+        lines.append(
+            f"  median error          {said}; all {statistics.median(errors.values()):.0%}"
+        )
     lines += [f"  {source}" for source in hardware.source]
     return "\n".join(lines)
 

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.config import ModelConfig
+from models.sharding import make_mesh
 from roofline.calibrate.timing import Device, Run, caller, replacer, seconds
 from roofline.datasheets import datasheet_of_device
 from roofline.hardware import Efficiency, Hardware
@@ -20,6 +22,9 @@ from roofline.machine import Workload, host_memory_bytes, processor
 
 CHAIN_FLOPS = 1e9
 """Work of one timed chain of products: some milliseconds on a CPU, far above a dispatch."""
+
+GATHERED = (16, 2**18)
+"""Values that each device brings to a gather: one that only takes its fixed time, and one of 1 MiB."""
 
 
 def versions(device: Device) -> dict[str, str]:
@@ -43,6 +48,7 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         ]
         best = max(*rates, product_rate(1024, 1024, 1024, dtype))
     latency_s, link_bytes_per_s = _link(devices, bytes_per_s)
+    latency_s, gathered_bytes_per_s = _collectives(devices) or (latency_s, link_bytes_per_s)
     sheet = datasheet_of_device(device.device_kind)
     if sheet is None:
         sheet = Hardware(
@@ -60,7 +66,7 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
     reached = Efficiency(
         compute=min(1.0, statistics.median(rates) / sheet.peak(workload.dtype)),
         memory=min(1.0, bytes_per_s / sheet.hbm_bytes_per_s),
-        link=min(1.0, link_bytes_per_s / sheet.link_bytes_per_s),
+        link=min(1.0, gathered_bytes_per_s / sheet.link_bytes_per_s),
     )
     return dataclasses.replace(
         sheet,
@@ -71,7 +77,7 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         devices_share_cores=device.platform == "cpu",
         calibrated=True,
         source=(*sheet.source, "shares and fixed times: measured by roofline.calibrate"),
-        date=datetime.date.today().isoformat(),
+        date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         versions=versions(device),
     )
 
@@ -132,3 +138,25 @@ def _link(devices: Sequence[Device], memory_bytes_per_s: float) -> tuple[float, 
         for array in larger
     ]
     return latency_s, max(rates)
+
+
+def _collectives(devices: Sequence[Device]) -> tuple[float, float] | None:
+    """Fixed time [s] and bytes per second that each device sends in all-gathers over all devices;
+    None where fewer than three leave no collective that copies between two would not show."""
+    count = len(devices)
+    if count < 3:
+        return None
+    mesh = make_mesh(devices, data=count, fsdp=1, tensor=1)
+    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def gather_s(values: int) -> float:
+        array = jax.device_put(jnp.ones(values * count), NamedSharding(mesh, PartitionSpec("data")))
+        return seconds(caller(gather, array))
+
+    small, large = GATHERED
+    turns = (
+        count if devices[0].platform == "cpu" else 1
+    )  # simulated devices share cores: each one's part
+    latency_s = gather_s(small) / turns
+    sent_bytes = 4.0 * large * (count - 1)
+    return latency_s, sent_bytes / max(gather_s(large) / turns - latency_s, 1e-9)

@@ -1,15 +1,19 @@
-"""How programs are timed: after warm-up, waiting for the result, the median of several rounds."""
+"""How programs are timed: after warm-up, waiting for the result, the quick calls of several rounds."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-WARM_UPS, ROUNDS, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 3, 7
+WARM_UPS, MIN_ROUNDS, ROUNDS, MAX_ROUNDS = 2, 3, 7, 24
+CALM_SPREAD = 1.2
+"""Lower quartile over quickest call: about 1.05 on a quiet machine, above 1.2 on a busy one."""
+PAUSE_S = 0.2
+"""Between rounds, once the first ones disagree [s]."""
 
 Device = Any
 """A jax.Device, which is no type to a type checker."""
@@ -43,24 +47,52 @@ def timed(run: Run) -> float:
     return time.perf_counter() - begin
 
 
+def quick(times: Sequence[float]) -> float:
+    """The lower quartile: other programs only lengthen a call, and the least of all may be luck."""
+    return sorted(times)[len(times) // 4]
+
+
 def seconds(run: Run, rounds: int = ROUNDS) -> float:
-    """Median of `rounds` calls, after warm-up [s]."""
+    """Lower quartile of `rounds` calls, after warm-up [s]."""
     for _ in range(WARM_UPS):
         run()
-    return statistics.median(timed(run) for _ in range(rounds))
+    return quick([timed(run) for _ in range(rounds)])
 
 
-def medians(runs: Sequence[Run], deadline_s: float) -> list[float]:
-    """Median of each program, all of them run in turn, until `deadline_s` on time.perf_counter.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """Calls of one program."""
 
-    A disturbance of the machine then falls on every program, not on one of them. At least
-    MIN_ROUNDS rounds are run whatever the deadline.
+    seconds: float
+    """Lower quartile of the rounds."""
+    spread: float
+    """That over the quickest call; far above 1 nothing confirms it."""
+
+    @property
+    def calm(self) -> bool:
+        """A quarter of the calls agree on the time."""
+        return self.spread <= CALM_SPREAD
+
+
+def in_turn(runs: Sequence[Run], deadline_s: float) -> list[Timing]:
+    """Times of each program, all of them run in turn, until `deadline_s` on time.perf_counter.
+
+    A disturbance of the machine then falls on every program, not on one of them. ROUNDS rounds suffice
+    where they agree; where they do not, more follow after pauses, so that a quiet moment is met. At
+    least MIN_ROUNDS rounds are run whatever the deadline.
     """
     for run in runs:
         run()
     rounds: list[list[float]] = []
-    while len(rounds) < MAX_ROUNDS:
+    timings: list[Timing] = []
+    while len(rounds) < MAX_ROUNDS and not (len(rounds) >= ROUNDS and all(t.calm for t in timings)):
         if len(rounds) >= MIN_ROUNDS and time.perf_counter() > deadline_s:
             break
+        if len(rounds) >= ROUNDS:
+            time.sleep(PAUSE_S)
         rounds.append([timed(run) for run in runs])
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+        timings = [
+            Timing(seconds=quick(times), spread=quick(times) / min(times))
+            for times in zip(*rounds, strict=True)
+        ]
+    return timings

@@ -7,25 +7,27 @@ to it exactly:
     ideal           matrix products and memory at the peaks, perfectly overlapped
     efficiency      what the calibrated shares of the peaks add
     launch          fixed times of dispatches and kernels
+    host            the calls' own host time: Python, transfers, waiting for the interpreter
     communication   transfers and collectives; nothing of them is assumed to be hidden
-    sharing         the other lane computing on the same cores
+    sharing         the other lane and the verifiers at work on the same cores
     unexplained     measured less all of the above; negative where calls were faster than expected
     unpredicted     evaluation, checkpoints, compilation
     waiting         for the other lane
     between         Python, packing, logging: time in no span
 
-The first six add up to the time in spans with a prediction.
+The first seven add up to the time in spans with a prediction.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from roofline.analyse import DEVICE_LANES, overlaps, stepping
+from roofline.analyse import DEVICE_LANES, companies, in_company, stepping
 from roofline.phases import Phase
-from roofline.predict import predict, stretched
+from roofline.predict import Company, beside, predict
 from roofline.read_run import Run, Span
 
 POINTS_PER_PHASE = 80
@@ -34,7 +36,7 @@ CALIBRATION_CALLS = 8
 """First calls of each phase, from which the constant-MFU baseline takes its one number; no
 predictor is scored on them."""
 TERMS = (
-    "ideal", "efficiency", "launch", "communication", "sharing", "unexplained", "unpredicted",
+    "ideal", "efficiency", "launch", "host", "communication", "sharing", "unexplained", "unpredicted",
     "waiting", "between",
 )  # fmt: skip
 
@@ -69,6 +71,9 @@ class PhaseErrors:
     calls: int
     ours: float
     """Calibrated, with the other lane computing as it did."""
+    of_median: float
+    """The same of the median call: |median expected / median measured - 1|, without the scatter of
+    single calls; of all phases the median over the phases."""
     alone: float
     """Calibrated, as if nothing else ran."""
     bound: float
@@ -96,7 +101,7 @@ def waterfalls(run: Run) -> list[Waterfall]:
     window = stepping(run)
     if window is None:
         return []
-    shares = overlaps(run.spans)
+    shares = companies(run.spans)
     return [
         _waterfall(run, lane, window, shares)
         for lane in DEVICE_LANES
@@ -105,7 +110,7 @@ def waterfalls(run: Run) -> list[Waterfall]:
 
 
 def _waterfall(
-    run: Run, lane: str, window: tuple[float, float, int], shares: Sequence[float]
+    run: Run, lane: str, window: tuple[float, float, int], shares: Sequence[Company]
 ) -> Waterfall:
     start_s, end_s, steps = window
     terms: dict[str, float] = dict.fromkeys(TERMS, 0.0)
@@ -131,17 +136,19 @@ def _waterfall(
     )
 
 
-def _terms(run: Run, span: Span, share: float) -> dict[str, float]:
+def _terms(run: Run, span: Span, company: Company) -> dict[str, float]:
     """A predicted call's own duration, split."""
     assert span.cost is not None
     seen, hardware, work = predict(span.cost, run.hardware), run.hardware, span.cost
     ideal = max(work.flops / hardware.peak(work.dtype), work.hbm_bytes / hardware.hbm_bytes_per_s)
+    host_s = hardware.efficiency_of(span.phase).call_s
     latency = work.collectives * hardware.link_latency_s
-    shared = stretched(seen.expected_s, share, hardware.contention)
+    shared = beside(seen.expected_s, span.phase, company, hardware)
     return {
         "ideal": ideal,
         "efficiency": seen.expected_s - seen.overhead_s - seen.link_s - ideal,
-        "launch": seen.overhead_s - latency,
+        "launch": seen.overhead_s - latency - host_s,
+        "host": host_s,
         "communication": seen.link_s + latency,
         "sharing": shared - seen.expected_s,
         "unexplained": span.duration_s - shared,
@@ -150,12 +157,12 @@ def _terms(run: Run, span: Span, share: float) -> dict[str, float]:
 
 def validation(run: Run) -> Validation | None:
     """Score the predictions on this run's calls; None where no call carried one."""
-    shares = overlaps(run.spans)
+    shares = companies(run.spans)
     by_phase: dict[Phase, list[tuple[Span, float]]] = {}
     for span, share in zip(run.spans, shares, strict=True):
         if span.predicted_s and span.lower_s and span.duration_s > 0 and span.cost is not None:
-            expected = stretched(span.predicted_s, share, run.hardware.contention)
-            by_phase.setdefault(span.phase, []).append((span, expected))
+            call = span, in_company(span, share, run.hardware)
+            by_phase.setdefault(span.phase, []).append(call)
     if not by_phase:
         return None
     first = {p: min(CALIBRATION_CALLS, len(calls) // 2) for p, calls in by_phase.items()}
@@ -171,8 +178,12 @@ def validation(run: Run) -> Validation | None:
         _errors(run, phase.value, calls, share_of_peak) for phase, calls in sorted(scored.items())
     ]
     everything = [call for calls in scored.values() for call in calls]
+    whole = dataclasses.replace(
+        _errors(run, "all", everything, share_of_peak),
+        of_median=statistics.median(row.of_median for row in rows),
+    )
     return Validation(
-        errors=(*rows, _errors(run, "all", everything, share_of_peak)),
+        errors=(*rows, whole),
         mfu=share_of_peak,
         calls=tuple(
             Call(phase=phase, expected_s=expected, measured_s=span.duration_s)
@@ -200,10 +211,12 @@ def _errors(
         constant = statistics.median(
             abs(_math_s(run, s) / share_of_peak / s.duration_s - 1) for s, _ in with_flops
         )
+    measured_s = statistics.median(s.duration_s for s, _ in calls)
     return PhaseErrors(
         phase=name,
         calls=len(calls),
         ours=median(lambda _, expected: expected),
+        of_median=abs(statistics.median(expected for _, expected in calls) / measured_s - 1),
         alone=median(lambda span, _: span.predicted_s or 0.0),
         bound=median(lambda span, _: span.lower_s or 0.0),
         constant_mfu=constant,

@@ -40,6 +40,7 @@ TERM_COLOURS: Mapping[str, str] = {
     "ideal": "#3f9b57",
     "efficiency": "#2f7ed8",
     "launch": "#8a63c9",
+    "host": "#c98ac0",
     "communication": "#b5a03a",
     "sharing": "#4aa3b8",
     "unexplained": "#c9582a",
@@ -79,8 +80,12 @@ class GanttLane:
     colour: str = ""
 
 
-def roofline(rows: Sequence[PhaseRow], flops_per_s: float, bytes_per_s: float) -> str:
-    """Log-log: roofs as lines, each phase hollow where predicted and filled where measured."""
+def roofline(
+    rows: Sequence[PhaseRow], flops_per_s: float, bytes_per_s: float, reached: tuple[float, float]
+) -> str:
+    """Log-log: roofs as lines, dashed where programs reach but a share of the peaks (`reached`, of flops
+    and of bytes); each phase hollow where predicted and filled where measured, the larger the more of a
+    step it takes."""
     height, ridge = 420, flops_per_s / bytes_per_s
     points = [
         (row, row.intensity, row.cost.flops / row.shared_s, row.cost.flops / row.median_s)
@@ -98,6 +103,12 @@ def roofline(rows: Sequence[PhaseRow], flops_per_s: float, bytes_per_s: float) -
     start = max(low, y.low / bytes_per_s)
     roof = [(start, start * bytes_per_s), (ridge, flops_per_s), (high, flops_per_s)]
     body.append(polyline([(x(a), y(b)) for a, b in roof], 'class="roof"'))
+    flat, slant = flops_per_s * reached[0], bytes_per_s * reached[1]
+    below = [(max(low, y.low / slant), max(low * slant, y.low)), (flat / slant, flat), (high, flat)]
+    if min(reached) < 0.98:
+        body.append(
+            polyline([(x(a), y(b)) for a, b in below], 'class="roof" stroke-dasharray="5 5"')
+        )
     top = y(flops_per_s) - 8
     body.append(text(x(high) - 4, top, f"peak {si(flops_per_s, 'flop/s')}", "end"))
     slope = f"memory {si(bytes_per_s, 'B/s')}, ridge at {ridge:.3g} flop/byte"
@@ -109,7 +120,8 @@ def roofline(rows: Sequence[PhaseRow], flops_per_s: float, bytes_per_s: float) -
             f"measured {si(measured, 'flop/s')}"
         )
         joined = line(at, y(predicted), at, y(measured), f'stroke="{colour}"')
-        both = ring(at, y(predicted), colour), disc(at, y(measured), colour)
+        size = 4 + 8 * math.sqrt(row.step_share or 0.0)
+        both = ring(at, y(predicted), colour, size), disc(at, y(measured), colour, size)
         body.append(titled(tip, joined, *both))
     marks = [(x(i), y(p) + (y(m) - y(p)) * part / 8) for _, i, p, m in points for part in range(9)]
     body += labels([(x(i), y(m), row.phase.value) for row, i, _, m in points], marks)

@@ -61,7 +61,7 @@ class Report:
     elsewhere: tuple[Elsewhere, ...]
     """What-if on other hardware, from the cost model."""
     results: Mapping[str, float]
-    """Numbers of summary.json: pass rates, samples per second."""
+    """Numbers of summary.json: pass rates, samples per second; the last ones of the curriculum."""
     notes: tuple[str, ...]
     """What is missing, and why."""
 
@@ -100,9 +100,16 @@ def build(run: Run) -> Report:
             name: float(value)
             for name, value in run.summary.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
-        },
+        }
+        | _curriculum(run),
         notes=tuple(notes),
     )
+
+
+def _curriculum(run: Run) -> dict[str, float]:
+    """Where its problems stood at the last step, and what its probes had cost and found."""
+    last = run.metrics[-1] if run.metrics else {}
+    return {name: value for name, value in last.items() if name.startswith("curriculum/")}
 
 
 def _model(run: Run, notes: list[str]) -> dict[str, Any]:

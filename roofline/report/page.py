@@ -148,7 +148,11 @@ def _roofline(report: Report) -> str:
     note = f"Peak of {dtype}. Ring: predicted. Disc: measured median."
     if left_out := [row.phase.value for row in seen if not row.intensity]:
         note += f" Not shown, because they multiply no matrices: {', '.join(left_out)}."
-    drawn = charts.roofline(shown, report.hardware.peak(dtype), report.hardware.hbm_bytes_per_s)
+    hardware, general = report.hardware, report.hardware.efficiency
+    note += " Area: share of a step. Dashed: what products and copies alone reach of the peaks."
+    drawn = charts.roofline(
+        shown, hardware.peak(dtype), hardware.hbm_bytes_per_s, (general.compute, general.memory)
+    )
     return _section("Roofline", _dim(note), drawn)
 
 

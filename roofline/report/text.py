@@ -17,8 +17,9 @@ MEANINGS = {
     "ideal": "matrix products and memory at the peaks, perfectly overlapped",
     "efficiency": "what real programs add, by calibration",
     "launch": "fixed times of dispatches and kernels",
+    "host": "a call's own host time, by calibration: Python, transfers, waiting",
     "communication": "transfers and collectives, none hidden",
-    "sharing": "the other lane computed on the same cores",
+    "sharing": "the other lane and the verifiers were at work on the same cores",
     "unexplained": "measured less predicted",
     "unpredicted": "evaluation, checkpoints, compilation",
     "waiting": "for the other lane",
@@ -49,6 +50,7 @@ def header(report: Report) -> list[tuple[str, str]]:
         f"{name} {si(peak, 'flop/s')}" for name, peak in hardware.peak_flops_per_s.items()
     )
     how = f"calibrated {hardware.date}" if hardware.calibrated else f"datasheet {hardware.date}"
+    how += f"; disturbed: {hardware.disturbance}" if hardware.disturbance else ""
     software = ", ".join(f"{name} {version}" for name, version in hardware.versions.items())
     ridge = (
         f"; ridge at {hardware.critical_intensity(dtype):.3g} flop/byte ({dtype})"
@@ -65,17 +67,40 @@ def header(report: Report) -> list[tuple[str, str]]:
         ("intervals", _interval_note(report)),
     ]  # fmt: skip
     if hardware.devices_share_cores:
+        each = ", ".join(f"{name} {by:.2f}" for name, by in hardware.phase_contention.items())
         slower = f"devices share cores: a phase is {hardware.contention:.2f} times slower beside"
-        entries.append(("contention", f"{slower} another lane that computes"))
-    entries.append(("wall time", si(report.wall_s, "s") if report.wall_s < 1
-                    else f"{report.wall_s:.1f} s"))  # fmt: skip
+        entries.append(
+            ("contention", f"{slower} another lane at work{f' ({each})' if each else ''}")
+        )
+        if hardware.verifier_contention:
+            by = ", ".join(f"{name} {by:.2f}" for name, by in hardware.verifier_contention.items())
+            entries.append(("beside verifiers", f"times slower while groups are verified: {by}"))
+    wall = si(report.wall_s, "s") if report.wall_s < 1 else f"{report.wall_s:.1f} s"
+    entries.append(("wall time", f"{wall} from the first span to the last; a cold start has none"))
     for key in ("pass_at_1_before", "pass_at_1_after", "samples_per_s"):
         if report.results.get(key, 0) > 0 or (key in report.results and "pass" in key):
             unit = " samples/s" if key == "samples_per_s" else ""
             name = "throughput" if unit else key.replace("_", " ").replace("at 1", "@ 1")
             value = report.results[key]
             entries.append((name, f"{value:.4g}{unit}" if unit else f"{value:.1%}"))
-    return entries
+    return entries + _curriculum(report)
+
+
+def _curriculum(report: Report) -> list[tuple[str, str]]:
+    """Where the problems of an edge curriculum stood at the end; what probes cost and found."""
+    now = {
+        name.removeprefix("curriculum/"): f"{value:.0f}"
+        for name, value in report.results.items()
+        if name.startswith("curriculum/")
+    }
+    if "active" not in now:
+        return []
+    stood = ", ".join(f"{now[name]} {name}" for name in ("active", "solved", "unsolved", "unseen"))
+    cost = (
+        f"{now['probes']} of unsolved problems took {now['probe_tokens']} tokens, "
+        f"{now['probe_cancelled']} samples were cut short, {now['promoted']} problems were promoted"
+    )
+    return [("problems", stood), *([("probes", cost)] if now["probes"] != "0" else [])]
 
 
 def _interval_note(report: Report) -> str:
@@ -98,8 +123,8 @@ def phase_table(report: Report) -> Table:
     )  # fmt: skip
     note = (
         "Times are medians per call. bound: no program can be faster on these peaks. alone: "
-        "calibrated, nothing else running; predicted: with the other lane computing during overlap, "
-        "and the 90 % interval; measured: and p10 - p90. "
+        "calibrated, nothing else running; predicted: with the other lane and the verifiers at work as "
+        "they were, and the 90 % interval; measured: and p10 - p90. "
         "measured / predicted compares the sums over all calls. Shares count time covered by at "
         "least one call: of a step (between the first and the last publication), of the run."
     )
@@ -133,16 +158,18 @@ def waterfall_table(report: Report) -> Table:
 
 def errors_table(report: Report) -> Table:
     """Median errors by phase and predictor."""
-    columns = ("phase", "calls", "predicted", "alone", "bound", "constant MFU")
+    columns = ("phase", "calls", "median call", "each call", "alone", "bound", "constant MFU")
     seen = report.validation
     rows = [
-        [e.phase, str(e.calls), _percent(e.ours), _percent(e.alone), _percent(e.bound),
-         _percent(e.constant_mfu)]
+        [e.phase, str(e.calls), _percent(e.of_median), _percent(e.ours), _percent(e.alone),
+         _percent(e.bound), _percent(e.constant_mfu)]
         for e in (seen.errors if seen else ())
     ]  # fmt: skip
     reached = f" ({seen.mfu:.1%})" if seen and seen.mfu else ""
     note = (
-        "Median of |predicted / measured - 1| over calls. Baselines: the roofline bound, and flops "
+        "median call: the median prediction against the median time; all: the median over phases. "
+        "Others: median of |predicted / measured - 1| over calls, beside the other lane (each call) "
+        "and as if nothing else ran (alone). Baselines: the roofline bound, and flops "
         f"at one share of the peak{reached} taken from the first calls of each phase, which no "
         "column is scored on; it says nothing about calls without flops, which its last row leaves out."
     )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from benchmarks.gpu.report import Target, report, targets
 from benchmarks.gpu.store import Store, load_results
 from benchmarks.gpu.suite import Call
 from benchmarks.gpu.worker import run_case
+from jaxrl.attention import fastest
 from roofline import cost
 from roofline.datasheets import datasheet
 from roofline.kernels import Layout
@@ -298,7 +300,10 @@ def test_the_readme_table_holds_the_newest_results_of_each_device(tmp_path: Path
     newer = made_up_results(tmp_path)
     assert newer.path != old.path
     assert next(r["key"]["sources"] for r in load_results(tmp_path)) == "older"
-    gpu_table.main(["--results", str(tmp_path), "--readme", str(readme)])
+    programs = tmp_path / "programs" / "attention.json"
+    programs.parent.mkdir()
+    options = ["--results", str(tmp_path), "--readme", str(readme), "--attention", str(programs)]
+    gpu_table.main(options)
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -306,6 +311,23 @@ def test_the_readme_table_holds_the_newest_results_of_each_device(tmp_path: Path
     assert text.count("Device X:") == 1
     assert newer.content["key"]["sources"] in text
     assert "| qwen3-0.6b | decode 256x512 | 500.00 | 800.00 | 1000.00 | 50% |" in text
+
+
+def test_programs_of_attention_are_chosen_from_the_results(tmp_path: Path) -> None:
+    store = made_up_results(tmp_path)
+    faster = {**store.content["results"]["qwen3-0.6b decode 256x512"], "measured_s": {"median": 0.5}}
+    store.content["results"]["qwen3-0.6b decode 256x512 pallas"] = faster
+    store.content["results"]["qwen3-0.6b decode 256x2048 int8"] = faster
+    table = gpu_table.attention_table([store.content])
+    (device,) = table
+    assert table[device] == [
+        {"phase": "decode", "rows": 256, "tokens": 512, "seconds": {"xla": 1.0, "pallas": 0.5}}
+    ]
+    chosen = partial(fastest, table, device, "decode", 200, 700)
+    assert chosen(["xla", "pallas", "cudnn"]) == "pallas"
+    assert chosen(["xla"]) == "xla"
+    assert fastest(table, device, "train", 200, 700, ["xla"]) is None
+    assert fastest(table, "another device", "decode", 200, 700, ["xla"]) is None
 
 
 def test_without_gpu_results_the_readme_stays_as_it_is(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ OLD, SAMPLER, REFERENCE = (THETA + RNG.normal(0, s, THETA.shape) for s in (0.2, 
 DIRECTIONS = RNG.normal(0, 1, (3, VOCAB, VOCAB))
 LENGTHS = [[3, 5, 2], [6, 1, 4], [6, 2, 3], [2, 4, 5]]
 REWARDS = [[1, 0, 0], [1, 1, 0], [0, 0, 0], [0, 1, 1]]
+ANSWERS = [["7", "3", "3"], ["1", "1", "2"], ["", "", ""], ["5", "4", ""]]
 TOKENS = [[RNG.integers(0, VOCAB, n + 2) for n in row] for row in LENGTHS]
 for _row in TOKENS:
     for _tokens in _row:
@@ -36,6 +37,7 @@ class View(NamedTuple):
     value: np.ndarray
     r: float
     n: int
+    answer: str
 
 
 Group = list[View]
@@ -57,6 +59,7 @@ def view(theta: np.ndarray, p: int, g: int, start: np.ndarray) -> View:
         lp=logprobs(theta, tokens), lo=logprobs(start, tokens), lb=logprobs(SAMPLER, tokens),
         lr=logprobs(REFERENCE, tokens), entropy=-(np.exp(log_p) * log_p).sum(axis=-1),
         value=VALUES[tokens[1:-1]], r=float(REWARDS[p][g]), n=len(tokens) - 2,
+        answer=ANSWERS[p][g],
     )  # fmt: skip
 
 
@@ -118,6 +121,18 @@ def grpo(mb, batch):
 def grpo_r1(mb, batch):
     pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
     return _sequence_mean(pairs, lambda v, a: _min_clip(_rho(v), a, 1, 10) - 0.001 * _k3(v))
+
+
+def ttrl(mb, batch):
+    """The label is the most frequent answer, the first seen of several; no answer, no vote."""
+
+    def agreement(group):
+        said = [v.answer for v in group if v.answer]
+        return _norm([v.answer == max(said, key=said.count) for v in group] if said else [0, 0, 0])
+
+    return _sequence_mean(
+        _pairs(mb, agreement), lambda v, a: _min_clip(_rho(v), a) - 0.001 * _k3(v)
+    )
 
 
 def dr_grpo(mb, batch):
@@ -378,7 +393,7 @@ PAPERS = {
         grpo, grpo_r1, dr_grpo, dapo, dapo_prompt, magistral, gspo, gspo_token, dppo, sapo, bypass,
         control_format, maxrl, intellect2, entropy_8020, entropy_shaping, tis, tis_sequence, mis,
         sequence_mask, deepseek_v32, decoupled_ppo, reinforce_pp, reinforce_pp_baseline, ppo,
-        ppo_shared, rloo, raft, cispo, cispo_absolute, scalerl, pipelinerl,
+        ppo_shared, rloo, raft, cispo, cispo_absolute, scalerl, pipelinerl, ttrl,
     )
 }  # fmt: skip
 NO_OBJECTIVE = {"control_random", "sft_gold"}  # a coin's reward; no reinforcement learning

@@ -1,14 +1,19 @@
 """What a user can get wrong ends in one message on stderr and exit code 2, and overwrites nothing."""
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 from jaxrl import evaluate, sft, train
+from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import save_config
 from jaxrl.config import Config
+from jaxrl.errors import UserError, user_message
 from roofline.hardware import Hardware
 
 
@@ -51,6 +56,8 @@ def refusal(
         (["--train.steps=many"], ["train.steps", "many"]),
         (["--grpo.group-size=1"], ["group_size=1", "at least 2"]),
         (["--mesh.learner-data=64"], ["64", "8", "mesh"]),
+        (["--mesh.learner-data=100000"], ["100001", "at most 256"]),
+        (["--rollout.slots=0"], ["rollout.slots=0", "at least 1"]),
         (["--mesh.learner-data=3"], ["rows_per_microbatch=8", "6 or 9"]),
         (["--mesh.rollout-data=5"], ["slots=12", "10 or 15"]),
         (["--mesh.rollout-tensor=4"], ["rollout_tensor=4", "[1, 2]"]),
@@ -153,6 +160,50 @@ def test_evaluate_says_what_it_needs(refusal: Callable[..., str], tmp_path: Path
     assert "--run" in refusal(main=evaluate.main, bare=True)
     missing = str(tmp_path / "none")
     assert missing in refusal("--run", missing, main=evaluate.main, bare=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "no permission for /a/b"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            "the disk is full while writing /a/b",
+        ),
+        (ValueError("RESOURCE_EXHAUSTED: writing x: No space left on device"), "the disk is full"),
+        (ValueError("RESOURCE_EXHAUSTED: allocating 9 bytes"), "out of memory"),
+        (ValueError("a bug"), None),
+    ],
+)
+def test_what_the_system_refuses_is_told_apart(error: Exception, said: str | None) -> None:
+    wrapped = RuntimeError("in a worker")
+    wrapped.__cause__ = error
+    message = user_message(wrapped)
+    assert (message or "").startswith(said or "")
+    assert (message is None) == (said is None)
+
+
+def test_weights_of_another_shape_are_not_called_corrupt(tmp_path: Path) -> None:
+    with closing(Checkpoints(tmp_path / "run" / "checkpoints", keep=1)) as checkpoints:
+        checkpoints.save(0, {"w": jnp.zeros((4, 2))}, {})
+        checkpoints.wait()
+        with pytest.raises(UserError, match=r"another shape.*set model\.\*") as refused:
+            checkpoints.restore_state(0, {"w": jnp.zeros((4, 3))})
+    assert "remove" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--problems=0"], "--problems=0"),
+        (["--samples=0"], "--samples=0"),
+        (["--task=nonsense"], "nonsense"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_sample(
+    refusal: Callable[..., str], words: list[str], said: str
+) -> None:
+    assert said in refusal("--config=quickstart", *words, main=evaluate.main, bare=True)
 
 
 def test_an_unknown_configuration_name_lists_the_known_ones(refusal: Callable[..., str]) -> None:

@@ -111,7 +111,7 @@ def test_a_module_is_found_by_its_name(own: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("maths", "neither math, code, exact nor a function"),
+        ("maths", "neither math, code, exact, similarity nor a function"),
         ("my_rewards.py", "neither"),
         (":score", "neither"),
         ("a.py:not a name", "neither"),

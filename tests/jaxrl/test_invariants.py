@@ -1,6 +1,7 @@
 """A whole run: synchronous mode, resume, workers that fail, staleness in practice."""
 
 import json
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -115,11 +116,17 @@ def test_a_resumed_synchronous_run_is_bitwise_the_uninterrupted_one(
 
     def breaks_in_step_4(self: train.Loop, step: int):
         calls.append(step)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
         if step == 4:
             raise KeyboardInterrupt
         return publish(self, step)
 
     monkeypatch.setattr(train.Loop, "_publish", breaks_in_step_4)
+    with pytest.raises(KeyboardInterrupt):
+        run(config)  # once Ctrl-C: ends after the step, with a checkpoint and a summary
+    summary = json.loads((config.run.dir / "summary.json").read_text())
+    assert (summary["steps"], summary["pass_at_1_after"]) == (1, None)
     with pytest.raises(KeyboardInterrupt):
         run(config)
     monkeypatch.setattr(train.Loop, "_publish", publish)
@@ -175,9 +182,20 @@ def test_a_sampler_that_raises_ends_the_run_with_its_error(
     assert not [t.name for t in threading.enumerate() if t.name in ("rollout", "watchdog")]
 
 
-def test_a_run_leaves_what_its_folder_promises(tiny_config: Callable[..., Config]) -> None:
+def test_a_run_leaves_what_its_folder_promises(
+    tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Even on a machine whose calibration is far too low."""
+    hardware = Hardware(
+        name="test machine", peak_flops_per_s={"float32": 1e3, "bfloat16": 1e3}, hbm_bytes=1e12,
+        hbm_bytes_per_s=1e14, link_bytes_per_s=1e14, dispatch_s=1e-5, kernel_s=1e-6, calibrated=True,
+    )  # fmt: skip
+    monkeypatch.setattr(train, "cached_or_calibrate", lambda *_, **__: hardware)
     config = tiny_config(steps=3)
-    run(config)
+    lines = run(config)
+    assert not any("perf/mfu_train" in line for line in lines)
+    assert capsys.readouterr().out.count("measure it again with --recalibrate") == 1
     folder = config.run.dir
     for name in ("config.yaml", "metrics.jsonl", "spans.jsonl", "samples.jsonl", "summary.json",
                  "hardware.json", "checkpoints/0", "checkpoints/3", "report.md", "report.html"):  # fmt: skip

@@ -16,7 +16,7 @@ from jaxrl.learner.steps import ForwardSettings
 from jaxrl.observe import Observer
 from jaxrl.packing import TrainSequence, pack
 from models.config import ModelConfig
-from models.sharding import init_sharded, make_mesh
+from models.sharding import init_sharded, make_mesh, policy_shardings
 
 SAME_SUM_RTOL = 2e-4
 """float32 gradients of the same sum in another order, relative to their norm."""
@@ -34,6 +34,7 @@ def make_learner(
 ) -> Learner:
     data = devices // (fsdp * tensor)
     mesh = make_mesh(jax.devices()[:devices], data=data, fsdp=fsdp, tensor=tensor)
+    one = init_sharded(model, jax.random.key(0), make_mesh(jax.devices()[:1]), jnp.float32)
     rate = learning_rate(peak=1e-2, warmup_steps=0, steps=10, schedule="constant")
     optimizer = adamw(
         model, rate, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0
@@ -42,7 +43,7 @@ def make_learner(
     return Learner(
         model,
         mesh,
-        init_sharded(model, jax.random.key(0), mesh, jnp.float32),
+        jax.device_put(one, policy_shardings(model, mesh)),
         optimizer,
         forward=ForwardSettings(dtype=jnp.float32, temperature=1.0, chunk_tokens=32, remat=False),
         grpo=grpo,

@@ -20,6 +20,7 @@ from jaxrl.config import Config, GrpoConfig
 from jaxrl.learner.learner import Scores
 from jaxrl.learner.prepare import Rows, prepare
 from jaxrl.presets import presets
+from jaxrl.refill import take_batch
 from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
 
 _spec = importlib.util.spec_from_file_location("papers", Path(__file__).with_name("papers.py"))
@@ -57,7 +58,10 @@ def _rollout(p: int, g: int) -> Rollout:
             sample_index=g,
         ),
         text="",
-        reward=Reward(total=float(papers.REWARDS[p][g]), correct=papers.REWARDS[p][g] == 1),
+        reward=Reward(
+            total=float(papers.REWARDS[p][g]), correct=papers.REWARDS[p][g] == 1,
+            answer=papers.ANSWERS[p][g],
+        ),
     )
 
 
@@ -107,6 +111,16 @@ def _settings(name: str) -> GrpoConfig:
     return load_algorithm(resolve_config(name, "--algorithm"), base)[0].grpo
 
 
+class Finished:
+    """All four groups, and then no more."""
+
+    def take(self, number=None):
+        return _groups() if number is None else []
+
+    def discard(self, number):
+        pass
+
+
 ROWS = Rows(row_tokens=17, rows_per_microbatch=2, max_new_tokens=papers.LONGEST)
 
 
@@ -114,7 +128,8 @@ ROWS = Rows(row_tokens=17, rows_per_microbatch=2, max_new_tokens=papers.LONGEST)
 def test_value_and_gradient_are_those_of_the_papers_objective(name):
     settings = _settings(name)
     start = papers.OLD if settings.scores_first else papers.THETA
-    prepared = prepare(_groups(), settings, ROWS, BigramLearner(settings, start))
+    taken = take_batch(Finished(), settings, papers.LONGEST)
+    prepared = prepare(taken.groups, settings, ROWS, BigramLearner(settings, start))
     pays_length = name in ("magistral", "control_format")
     dropped = papers.WITHOUT_SIGNAL if settings.drop_zero_advantage and not pays_length else []
     if name == "control_format":

@@ -14,6 +14,7 @@ from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
 from jaxrl.packing import TrainSequence, pack, solutions_to_sequences
+from models.rows import MAX_SEGMENTS
 
 VOCAB, ROW = 11, 24
 GRADIENT_RTOL = 2e-5  # float32 sums of some 100 terms in another order
@@ -124,6 +125,13 @@ def test_rows_are_filled_first_fit_decreasing():
     assert lengths == [[7, 3], [6, 4], [2], []]
     assert (stats.rows, stats.microbatches, stats.tokens, stats.loss_tokens) == (3, 2, 22, 17)
     assert stats.padding_ratio == pytest.approx(1 - 22 / 40)
+
+
+def test_a_row_holds_no_more_segments_than_attention_keeps_apart():
+    batches, _ = pack(_sequences([(1, 1)] * 200), row_tokens=256, rows_per_microbatch=1)
+    most = [int(batch.segment_ids.max()) for batch in batches]
+    assert sum(most) == 200
+    assert max(most) == MAX_SEGMENTS - 1  # padding is one
 
 
 def test_packing_is_deterministic():

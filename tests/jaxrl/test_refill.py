@@ -61,12 +61,19 @@ def test_every_step_gets_p_groups_with_signal_and_none_staler_than_allowed(max_s
     thread = _generate(buffer, lambda index: index % 3 != 0)  # two thirds without signal
     seen: list[int] = []
     for step in range(1, 13):
-        groups, discarded = take_batch(buffer, settings, LONGEST)
+        taken = take_batch(buffer, settings, LONGEST)
+        groups = taken.groups
         assert len(groups) == P
         assert [g.prompt.index % 3 for g in groups] == [0] * P
+        discarded = [
+            g for g in taken.sampled if g.prompt.index not in {k.prompt.index for k in groups}
+        ]
+        assert len(discarded) == taken.refilled
+        assert taken.curves == {"filter/refilled_groups": taken.refilled}
+        assert taken.generated_tokens == 2 * len(taken.sampled)  # samples of one token, in pairs
         assert all(g.prompt.index % 3 for g in discarded)
-        assert all(0 <= step - 1 - g.birth_version <= max_staleness for g in groups + discarded)
-        seen += [g.prompt.index for g in groups + discarded]
+        assert all(0 <= step - 1 - g.birth_version <= max_staleness for g in taken.sampled)
+        seen += [g.prompt.index for g in taken.sampled]
         buffer.release(step)
         assert sum(buffer.counts().values()) <= (max_staleness + 1) * P
     buffer.close()
@@ -79,10 +86,10 @@ def test_the_budget_ends_the_search_and_the_rest_stays_in_the_batch():
     settings = GrpoConfig(prompts_per_step=P, group_size=2, refill_rounds=3)
     buffer = GroupBuffer(Stream(), prompts_per_step=P, max_staleness=0)
     thread = _generate(buffer, lambda index: True)
-    groups, discarded = take_batch(buffer, settings, LONGEST)
-    assert (len(groups), len(discarded)) == (P, 3 * P)
+    taken = take_batch(buffer, settings, LONGEST)
+    assert (len(taken.groups), taken.refilled, len(taken.sampled)) == (P, 3 * P, 4 * P)
     buffer.release(1)
-    assert len(take_batch(buffer, settings, LONGEST)[0]) == P
+    assert len(take_batch(buffer, settings, LONGEST).groups) == P
     buffer.close()
     thread.join()
 
@@ -90,7 +97,7 @@ def test_the_budget_ends_the_search_and_the_rest_stays_in_the_batch():
 def test_without_rounds_nothing_is_replaced():
     buffer = GroupBuffer(Stream(), prompts_per_step=P, max_staleness=0)
     thread = _generate(buffer, lambda index: True)
-    groups, discarded = take_batch(buffer, GrpoConfig(prompts_per_step=P, group_size=2), LONGEST)
-    assert ([g.prompt.index for g in groups], discarded) == ([0, 1, 2, 3], [])
+    taken = take_batch(buffer, GrpoConfig(prompts_per_step=P, group_size=2), LONGEST)
+    assert ([g.prompt.index for g in taken.groups], taken.refilled) == ([0, 1, 2, 3], 0)
     buffer.close()
     thread.join()

@@ -1,7 +1,11 @@
 """The distribution that is sampled from, and the slots that sample it."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +14,16 @@ import pytest
 
 from jaxrl.observe import Observer
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
-from jaxrl.rollout.sampling import inverse_cdf, processed_logprobs
+from jaxrl.rollout.sampling import decode_chunk, empty_slots, inverse_cdf, processed_scores
 from jaxrl.types import Completion, Finish, Snapshot
-from models.decoder import Decoder, hidden_states
+from models.decoder import Decoder, abstract_decoder, hidden_states
 from models.head import target_logprobs
 from models.sharding import make_mesh
 
 SAME_GRAPH_ATOL = 1e-5
 """Two float32 graphs of the same sums in another order: the project's bound for sampler = learner."""
+BF16_ATOL = 0.05
+"""Logits of order 1 from hidden states with 8 bits of mantissa, rounded in another order."""
 STOP = 1
 
 
@@ -56,21 +62,35 @@ def sampled(tiny_policy: Decoder) -> dict[tuple[int, int], Completion]:
     return sample_all(make_engine(tiny_policy), tiny_policy, 5, 4)
 
 
-def test_sampler_logprobs_equal_the_learners(tiny_policy: Decoder, sampled) -> None:
-    for (stream, _), completion in sampled.items():
-        prompt = prompts(5)[stream]
-        tokens = np.array([*prompt, *completion.tokens], np.int32)[None]
-        length = tokens.shape[1]
-        hidden = hidden_states(
-            tiny_policy, jnp.array(tokens), jnp.arange(length)[None],
-            jnp.ones((1, length), jnp.int32), dtype=jnp.float32,
-        )  # fmt: skip
-        targets = jnp.array(np.roll(tokens, -1, axis=1))
-        logprobs, _ = target_logprobs(
-            tiny_policy, hidden, targets, temperature=1.0, chunk_tokens=64, dtype=jnp.float32
-        )
-        learner = np.asarray(logprobs)[0, len(prompt) - 1 : -1]
-        np.testing.assert_allclose(completion.sampler_logprobs, learner, atol=SAME_GRAPH_ATOL)
+@partial(jax.jit, static_argnames="dtype")
+def learner_logprobs(
+    policy: Decoder, tokens: jax.Array, segments: jax.Array, *, dtype: Any
+) -> jax.Array:
+    """Of the token after each one, as the learner computes them: float32 weights, work in `dtype`."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = hidden_states(policy, tokens, positions, segments, dtype=dtype)
+    logprobs, _ = target_logprobs(
+        policy, hidden, jnp.roll(tokens, -1, axis=1), temperature=1.0, chunk_tokens=64, dtype=dtype
+    )
+    return logprobs
+
+
+@pytest.mark.parametrize(
+    ("dtype", "atol"),
+    [(jnp.float32, SAME_GRAPH_ATOL), (jnp.bfloat16, BF16_ATOL)],
+    ids=["float32", "bfloat16"],
+)
+def test_sampler_logprobs_equal_the_learners(tiny_policy: Decoder, dtype: Any, atol: float) -> None:
+    snapshot = jax.tree.map(lambda x: x.astype(dtype), tiny_policy)
+    sampled = sample_all(make_engine(tiny_policy, dtype=dtype), snapshot, 5, 4)
+    rows = [[*prompts(5)[stream], *seen.tokens] for (stream, _), seen in sampled.items()]
+    longest = max(map(len, rows))
+    tokens = np.array([row + [0] * (longest - len(row)) for row in rows], np.int32)
+    segments = np.array([[1] * len(row) + [0] * (longest - len(row)) for row in rows], np.int32)
+    learner = learner_logprobs(tiny_policy, jnp.array(tokens), jnp.array(segments), dtype=dtype)
+    for row, own, seen in zip(rows, np.asarray(learner), sampled.values(), strict=True):
+        expected = own[len(row) - len(seen.tokens) - 1 : len(row) - 1]
+        np.testing.assert_allclose(seen.sampler_logprobs, expected, atol=atol)
 
 
 def test_a_rollout_does_not_depend_on_slots_neighbours_or_chunks(tiny_policy, sampled) -> None:
@@ -201,9 +221,10 @@ def test_inverse_cdf_follows_the_distribution() -> None:
     rng = np.random.default_rng(0)
     logprobs = jax.nn.log_softmax(jnp.array(rng.normal(size=70) * 2, jnp.float32))
     draws = 40_000
-    tokens = inverse_cdf(
+    tokens, drawn = inverse_cdf(
         jnp.broadcast_to(logprobs, (draws, 70)), jax.random.uniform(jax.random.key(0), (draws,))
     )
+    np.testing.assert_allclose(drawn, logprobs[tokens], atol=1e-5)  # float32 sums in another order
     expected = np.exp(np.asarray(logprobs, np.float64)) * draws
     counts = np.bincount(np.asarray(tokens), minlength=70)
     often = expected > 5
@@ -214,14 +235,34 @@ def test_inverse_cdf_follows_the_distribution() -> None:
 def test_inverse_cdf_never_picks_an_impossible_token() -> None:
     logprobs = jnp.where(jnp.arange(100) == 63, 0.0, -jnp.inf)[None]
     for uniform in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
-        assert int(inverse_cdf(logprobs, jnp.array([uniform], jnp.float32))[0]) == 63
+        assert int(inverse_cdf(logprobs, jnp.array([uniform], jnp.float32))[0][0]) == 63
 
 
 def test_top_k_and_top_p_renormalise_what_they_keep() -> None:
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]] * 3))
     ones, zeros = jnp.ones(3), jnp.zeros(3, jnp.int32)
-    kept = processed_logprobs(
+    scores = processed_scores(
         logits, ones, jnp.array([1.0, 0.7, 0.3]), zeros.at[0].set(2), filtered=True
     )
     expected = [[0.625, 0.375, 0, 0], [0.625, 0.375, 0, 0], [1, 0, 0, 0]]
-    np.testing.assert_allclose(np.exp(kept), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.nn.softmax(scores), expected, atol=1e-6)
+
+
+def test_a_decode_step_makes_at_most_three_arrays_of_all_logits(tiny_policy: Decoder) -> None:
+    """On a CPU: the head's product, the scores, and their exponentials by blocks."""
+    config, slots = replace(tiny_policy.config, vocab_size=96), 6
+    state = empty_slots(
+        config, num_slots=slots, max_tokens=32, num_stop_ids=1,
+        cache_dtype=jnp.dtype("float32"), attention="blocks",
+    )  # fmt: skip
+    program = jax.jit(
+        decode_chunk, static_argnames=("steps", "dtype", "filtered", "greedy"), donate_argnums=1
+    )
+    text = program.lower(
+        abstract_decoder(config), state, jnp.int32(1000), steps=4, dtype=jnp.dtype("float32"),
+        filtered=False, greedy=False,
+    ).compile().as_text()  # fmt: skip
+    body = max(re.split(r"\n(?=%\S+ \(|ENTRY )", text), key=lambda part: part.count(" = "))
+    made = re.findall(rf"= f32\[{slots},(?:96|3,32)\]\S* ([\w-]+)\(", body)
+    made = [name for name in made if name not in ("bitcast", "reshape", "get-tuple-element")]
+    assert 1 <= len(made) <= 3, made

@@ -1,5 +1,6 @@
 """Metrics, TensorBoard, samples, trace, summary and what the terminal shows."""
 
+import dataclasses
 import io
 import json
 import math
@@ -241,6 +242,20 @@ def test_phases_are_summed_over_the_run_and_put_against_the_peaks():
     assert phases["wait_batch"].predicted_s is None
 
 
+def test_beside_the_other_lane_more_is_predicted_than_alone():
+    hardware = dataclasses.replace(HARDWARE, contention=2.0)
+    beside = _span("decode", 0.0, 1.0, "rollout")
+    train = summarise_phases([_costed(0.3, "compute"), beside], hardware)["train"]
+    assert train.alone_s == pytest.approx(0.1)
+    assert train.predicted_s == pytest.approx(0.2)
+    assert train.ratio == pytest.approx(0.3 / 0.2)
+
+
+def test_verifications_that_overlap_are_not_added_up_over_the_run():
+    spans = [_span("reward", start_s, 1.0, "reward") for start_s in (0.0, 0.5, 2.0)]
+    assert summarise_phases(spans)["reward"].measured_s == pytest.approx(2.5)
+
+
 def _summary(phases: dict[str, PhaseSummary]) -> Summary:
     return Summary(
         pass_at_1_before=0.125,
@@ -286,8 +301,8 @@ def test_the_closing_table_shows_predicted_measured_and_outcome_in_plain_text(tm
     print_summary(_summary(phases), run_dir=tmp_path, report=report, console=console)
     text = _shown(console)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
-    assert rows["train"] == ["1", "0.100", "0.200", "2.00", "memory", "50.0%", "50.0%"]
-    assert rows["eval"] == ["1", "-", "1.000", "-", "-", "-", "-"]
+    assert rows["train"] == ["1", "0.100", "0.100", "0.200", "2.00", "memory", "50.0%", "50.0%"]
+    assert rows["eval"] == ["1", "-", "-", "1.000", "-", "-", "-", "-"]
     assert rows["pass@1"] == ["12.5%", "75.0%"]
     assert rows["pass@8"] == ["50.0%", "-"]
     assert f"tensorboard --logdir {tmp_path}" in text

@@ -115,6 +115,16 @@ def test_a_step_counts_only_its_own_spans(recorder, clock, path):
     assert [line["step"] for line in _read(path)] == [1, 2]
 
 
+def test_verifications_that_overlap_are_not_added_up(recorder, clock):
+    clock.pass_s(3.0)
+    for start_s in (0.0, 0.5, 2.0):
+        timed = PhaseTime(phase=Phase.REWARD, lane="reward", start_s=start_s, duration_s=1.0)
+        recorder.add(timed)
+    metrics = recorder.close_step(1)
+    assert metrics["time/reward_calls"] == 3
+    assert metrics["time/reward_s"] == pytest.approx(2.5)
+
+
 def test_idle_ratios_count_open_waits_and_clip_old_ones(recorder, clock):
     with recorder.span(Phase.WAIT_LEARNER, "rollout"):
         clock.pass_s(1.0)

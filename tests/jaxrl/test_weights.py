@@ -10,7 +10,7 @@ import pytest
 from jaxrl.weights import WeightStore
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.sharding import init_sharded, make_mesh
+from models.sharding import init_sharded, make_mesh, policy_shardings
 
 
 def make_store(
@@ -22,7 +22,8 @@ def make_store(
     devices = jax.devices()[first : first + int(np.prod(rollout))]
     rollout_mesh = make_mesh(devices, data=rollout[0], fsdp=1, tensor=rollout[1])
     store = WeightStore(model, learner_mesh=mesh, rollout_mesh=rollout_mesh, dtype=jnp.float32)
-    return store, init_sharded(model, jax.random.key(0), mesh, jnp.float32)
+    one = init_sharded(model, jax.random.key(0), make_mesh(jax.devices()[:1]), jnp.float32)
+    return store, jax.device_put(one, policy_shardings(model, mesh))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,11 +13,12 @@ import pytest
 
 from models.config import ModelConfig
 from roofline import cost
-from roofline.calibrate import Workload, cached_or_calibrate, calibrate
+from roofline.calibrate import Workload, cached_or_calibrate, calibrate, measure, timing
 from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
 from roofline.kernels import Layout
+from roofline.machine import busy_core_s
 from roofline.phases import Phase, PhaseCost
 from roofline.predict import predict
 
@@ -84,7 +88,7 @@ def test_forward_phases_that_were_not_measured_take_over_what_a_like_phase_did()
 
 @pytest.fixture(scope="module")
 def calibrated() -> Hardware:
-    return calibrate(MODEL, workload=SMALL, devices=jax.devices()[:2], budget_s=60.0)
+    return calibrate(MODEL, workload=SMALL, devices=jax.devices()[:2], budget_s=20.0)
 
 
 def test_calibration_measures_every_phase_of_a_step(calibrated: Hardware) -> None:
@@ -110,18 +114,110 @@ def test_calibrated_predictions_are_bounded_and_of_a_sensible_size(calibrated: H
     assert 0 < calibrated.kernel_s < LIMIT_S
 
 
-def test_a_calibration_is_stored_once_per_model_and_workload(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    devices = jax.devices()[:1]
-    first = cached_or_calibrate(devices=devices)
-    (stored,) = (tmp_path / "jaxrl" / "calibration").glob("*.json")
+    monkeypatch.setattr(measure, "measure_device", lambda *_: datasheet("h100-sxm"))
+    return tmp_path / "jaxrl" / "calibration"
+
+
+def others_say(monkeypatch: pytest.MonkeyPatch, disturbance: str) -> None:
+    monkeypatch.setattr(measure.OtherPrograms, "disturbance", lambda *_: disturbance)
+
+
+def test_a_calibration_is_stored_once_per_model_and_workload(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others_say(monkeypatch, "")
+    first = cached_or_calibrate()
+    (stored,) = store.glob("*.json")
     written = stored.stat().st_mtime_ns
-    assert cached_or_calibrate(devices=devices) == first
+    assert cached_or_calibrate() == first
     assert stored.stat().st_mtime_ns == written
-    cached_or_calibrate(devices=devices, workload=Workload(slots=4))
-    assert len(list(stored.parent.glob("*.json"))) == 2
+    cached_or_calibrate(again=True)
+    assert stored.stat().st_mtime_ns > written
+    cached_or_calibrate(workload=Workload(slots=4))
+    assert len(list(store.glob("*.json"))) == 2
+
+
+def test_a_disturbed_calibration_says_so_and_is_measured_again(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others_say(monkeypatch, "other programs took 40% of the cores")
+    assert cached_or_calibrate().disturbance
+    assert not list(store.glob("*.json"))
+    others_say(monkeypatch, "")
+    assert not cached_or_calibrate().disturbance
+    assert list(store.glob("*.json"))
+
+
+class Program:
+    """Takes the given times, one after another, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, times: Iterator[float]) -> None:
+        self.now_s, self.times = 0.0, times
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now_s)
+        monkeypatch.setattr(timing.time, "sleep", self.wait)
+
+    def wait(self, duration_s: float) -> None:
+        self.now_s += duration_s
+
+    def __call__(self) -> None:
+        self.now_s += next(self.times)
+
+
+def test_a_time_is_what_a_quarter_of_the_calls_agree_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the calls collide with another program, and one is quick by luck."""
+    program = Program(
+        monkeypatch, itertools.cycle([0.020, 0.010, 0.025, 0.0101, 0.0095, 0.013, 0.03])
+    )
+    (seen,) = timing.in_turn([program], deadline_s=60.0)
+    assert seen.calm
+    assert seen.seconds == pytest.approx(0.010, rel=0.02)
+
+
+def test_rounds_go_on_until_a_quiet_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [0.02 + 0.004 * i for i in range(timing.ROUNDS)]
+    program = Program(monkeypatch, itertools.chain(busy, itertools.repeat(0.01)))
+    (seen,) = timing.in_turn([program], deadline_s=60.0)
+    assert seen.calm
+    assert seen.seconds == pytest.approx(0.01)
+
+
+def test_repeats_that_never_agree_are_called_a_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = Program(monkeypatch, (0.01 * 1.5**i for i in itertools.count()))
+    others = measure.OtherPrograms()
+    (seen,) = timing.in_turn([program], deadline_s=1.0)
+    assert not seen.calm
+    said = others.disturbance({"train 4x16": seen}, jax.devices()[0])
+    assert "repeats of train 4x16 differ" in said
+
+
+def test_other_programs_are_seen_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, watched for ten seconds; this process computed for four, the cores for twelve."""
+    clock = {"now_s": 0.0, "busy_s": 100.0, "own_s": 50.0}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock["now_s"])
+    monkeypatch.setattr(measure, "own_s", lambda: clock["own_s"])
+    monkeypatch.setattr(measure, "busy_core_s", lambda: clock["busy_s"])
+    monkeypatch.setattr(measure, "usable_cores", lambda: 2)
+    others = measure.OtherPrograms()
+    clock.update(now_s=10.0, busy_s=112.0, own_s=54.0)
+    assert others.share() == pytest.approx(0.4)
+    assert others.disturbance({}, jax.devices()[0]) == "other programs took 40% of the cores"
+    clock["own_s"] = 62.0
+    assert others.disturbance({}, jax.devices()[0]) == ""
+
+
+def test_the_cores_work_is_counted_where_the_system_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = busy_core_s()
+    if before is None:
+        pytest.skip("this system does not count the work of its cores")
+    begin_s = time.process_time()
+    while time.process_time() - begin_s < 0.3:
+        pass
+    after = busy_core_s()
+    assert after is not None
+    assert after - before > 0.25  # ticks of 10 ms
 
 
 def test_without_time_phases_are_left_out_and_named() -> None:

@@ -20,9 +20,10 @@ from models.decoder import (
     prefill,
 )
 from models.head import head_logits, target_logprobs
+from models.rows import SharedPrompts
 from models.sharding import make_mesh, policy_shardings
 from roofline import cost
-from roofline.kernels import Layout
+from roofline.kernels import Layout, stored_in
 from roofline.memory import kv_cache_bytes, memory_per_device
 
 TINY = ModelConfig(
@@ -123,6 +124,28 @@ def test_train_flops_equal_the_differentiated_program(
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_train_flops_equal_the_program_whose_rows_share_prompts(
+    model: ModelConfig, remat: cost.Remat
+) -> None:
+    shared, tokens = SharedPrompts(prompt_tokens=5, parts=3), 5 + 3 * 4
+
+    def loss(policy: Any, tokens: Any, positions: Any, segments: Any, prefixes: Any) -> jax.Array:
+        hidden = hidden_states(
+            policy, tokens, positions, segments, dtype=jnp.float32, remat=remat == "block",
+            prefix_ids=prefixes, shared=shared,
+        )[:, 5:]  # fmt: skip
+        logprobs, _ = target_logprobs(
+            policy, hidden, tokens[:, 5:], temperature=1.0, chunk_tokens=12, dtype=jnp.float32
+        )
+        return jnp.sum(logprobs)
+
+    expected = flops_of(jax.grad(loss), abstract_decoder(model), *packed(4, tokens))
+    predicted = cost.train(model, Layout(), tokens, 4, remat=remat, chunk_tokens=12, shared=shared)
+    assert predicted.flops == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_prefill_flops_equal_the_prefill_program(model: ModelConfig) -> None:
     tokens = jax.ShapeDtypeStruct((3, 11), jnp.int32)
     expected = flops_of(partial(prefill, dtype=jnp.float32), abstract_decoder(model), tokens)
@@ -182,6 +205,15 @@ def test_kv_cache_bytes_equal_the_arrays(dtype: str) -> None:
     layout = Layout(kv_dtype=dtype)
     assert kv_cache_bytes(QWEN3_LIKE, layout, slots=6, max_len=20) == held
     assert 6 * KEY_BLOCK * QWEN3_LIKE.kv_bytes_per_token(layout.kv_bytes) == held
+
+
+@pytest.mark.parametrize("name", ["int8", "float8_e4m3"])
+def test_scales_of_a_cache_in_8_bits_are_counted(name: str) -> None:
+    dtype = jnp.dtype("float8_e4m3fn" if name == "float8_e4m3" else name)
+    cache = jax.eval_shape(partial(init_cache, QWEN3_LIKE, 6, 20, dtype))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    layout = Layout(**stored_in(name))
+    assert kv_cache_bytes(QWEN3_LIKE, layout, slots=6, max_len=20) == held
 
 
 def test_the_cache_is_read_in_the_blocks_that_the_model_stores() -> None:

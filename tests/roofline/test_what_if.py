@@ -12,11 +12,12 @@ from xml.etree import ElementTree
 
 import pytest
 
+from roofline.answer import answer, cost_of
 from roofline.choose import find_hardware, find_model
 from roofline.datasheets import datasheet
 from roofline.phases import Phase
 from roofline.predict import predict
-from roofline.question import PHASES, Question, answer, cost_of, parse_sweep
+from roofline.question import PHASES, Question, parse_sweep
 from roofline.what_if import main
 
 ROOT = Path(__file__).resolve().parents[2]

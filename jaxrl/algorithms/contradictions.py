@@ -1,0 +1,213 @@
+"""Which settings of policy optimisation contradict each other: refused with the reason and the alternatives.
+
+Loads no jax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxrl.errors import UserError
+
+if TYPE_CHECKING:  # it calls this file
+    from jaxrl.algorithms.config import GrpoConfig
+
+GROUP_BASELINES = ("mean", "leave_one_out")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def check_algorithm(c: GrpoConfig) -> None:
+    """Raise UserError for the first contradiction."""
+    _check_batch(c)
+    _check_rewards(c)
+    _check_votes(c)
+    _check_advantage(c)
+    _check_ratio(c)
+    _check_correction(c)
+    _check_kl(c)
+
+
+def _check_batch(c: GrpoConfig) -> None:
+    grouped = c.advantage_baseline in GROUP_BASELINES
+    _check(
+        c.group_size >= (2 if grouped else 1),
+        f"grpo.group_size={c.group_size}: a group needs at least 2 samples to compare"
+        + (", or set grpo.advantage_baseline=none or value" if grouped else ""),
+    )
+    _check(
+        c.prompts_per_step >= 1, f"grpo.prompts_per_step={c.prompts_per_step} must be at least 1"
+    )
+    _check(
+        1 <= c.minibatches <= c.prompts_per_step,
+        f"grpo.minibatches={c.minibatches} must lie in [1, grpo.prompts_per_step="
+        f"{c.prompts_per_step}]: a minibatch holds whole groups",
+    )
+    _check(c.epochs >= 1, f"grpo.epochs={c.epochs} must be at least 1")
+    _check(
+        grouped or not c.drop_zero_advantage,
+        f"grpo.drop_zero_advantage=true with grpo.advantage_baseline={c.advantage_baseline}: a group of "
+        "equal rewards has signal there; set grpo.drop_zero_advantage=false, or a group baseline",
+    )
+    _check(
+        c.refill_rounds >= 0 and (c.refill_rounds == 0 or c.drop_zero_advantage),
+        f"grpo.refill_rounds={c.refill_rounds} must be >= 0, and replaces only groups that "
+        "grpo.drop_zero_advantage=true drops; set that, or grpo.refill_rounds=0",
+    )
+    _check(
+        c.mask_truncated or not c.count_masked,
+        "grpo.count_masked=true counts what grpo.mask_truncated=true masks; set both or neither",
+    )
+    _check(
+        not c.count_masked or (c.minibatches == 1 and c.top_entropy_denominator == "all"),
+        "grpo.count_masked=true counts over the whole batch; set grpo.minibatches=1 and "
+        "grpo.top_entropy_denominator=all, or grpo.count_masked=false",
+    )
+
+
+def _check_rewards(c: GrpoConfig) -> None:
+    _check(
+        (c.overlong_buffer > 0) == (c.length_reward == "soft_overlong"),
+        f"grpo.overlong_buffer={c.overlong_buffer} with grpo.length_reward={c.length_reward}: "
+        "soft_overlong needs a buffer of at least 1 token, nothing else uses one",
+    )
+    _check(
+        c.repetition_ngram >= 0,
+        f"grpo.repetition_ngram={c.repetition_ngram} must be >= 0; 0 is off",
+    )
+    _check(c.reward_scale != 0, "grpo.reward_scale=0 leaves no reward; usual: 1")
+
+
+def _check_votes(c: GrpoConfig) -> None:
+    majority = c.reward_from == "majority"
+    _check(
+        c.votes_per_prompt == 0 or (majority and c.votes_per_prompt >= c.group_size),
+        f"grpo.votes_per_prompt={c.votes_per_prompt} with grpo.reward_from={c.reward_from} and "
+        f"grpo.group_size={c.group_size}: votes are for grpo.reward_from=majority, and the group is among "
+        "them; set it to 0 or to grpo.group_size or more",
+    )
+    for name, value in (
+        ("signal_from", c.signal_from), ("keep_samples", c.keep_samples),
+        ("overlong_on", c.overlong_on),
+    ):  # fmt: skip
+        _check(
+            not majority or value != "correct",
+            f"grpo.{name}=correct reads the label, which grpo.reward_from=majority does without; set "
+            f"grpo.{name}={'total' if name == 'signal_from' else 'all'}, or grpo.reward_from=task",
+        )
+    _check(
+        not majority or c.length_reward != "cosine",
+        "grpo.length_reward=cosine pays by the label, which grpo.reward_from=majority does without; set "
+        "grpo.length_reward=none or soft_overlong",
+    )
+
+
+def _check_advantage(c: GrpoConfig) -> None:
+    grouped = c.advantage_baseline in GROUP_BASELINES
+    _check(
+        grouped or c.advantage_scale not in ("group_std", "group_mean"),
+        f"grpo.advantage_scale={c.advantage_scale} compares samples of a group, which "
+        f"grpo.advantage_baseline={c.advantage_baseline} does not; set grpo.advantage_scale=none or "
+        "token_std, or a group baseline (mean, leave_one_out)",
+    )
+    _check(
+        not c.token_rewards or c.advantage_scale in ("none", "token_std"),
+        f"grpo.advantage_scale={c.advantage_scale} needs one advantage per completion, but rewards per "
+        "token give one per token; set grpo.advantage_scale=token_std or none",
+    )
+    _check(c.advantage_eps >= 0, f"grpo.advantage_eps={c.advantage_eps} must be >= 0; usual: 1e-6")
+    _check(c.advantage_ddof in (0, 1), f"grpo.advantage_ddof={c.advantage_ddof} must be 0 or 1")
+    for name in ("gamma", "gae_lambda"):
+        _check(0 <= getattr(c, name) <= 1, f"grpo.{name}={getattr(c, name)} must lie in [0, 1]")
+    _check(
+        c.entropy_shaping >= 0 and c.entropy_shaping_bound > 1,
+        f"grpo.entropy_shaping={c.entropy_shaping} must be >= 0 and grpo.entropy_shaping_bound="
+        f"{c.entropy_shaping_bound} greater than 1, or advantages change sign; usual: 0.4 and 2",
+    )
+    _check(
+        0 < c.top_entropy_share <= 1,
+        f"grpo.top_entropy_share={c.top_entropy_share} must lie in (0, 1]; usual: 0.2, 1 is off",
+    )
+
+
+def _check_ratio(c: GrpoConfig) -> None:
+    if c.clip_bounds == "absolute":
+        _check(
+            0 <= c.clip_low <= 1 <= c.clip_high,
+            f"grpo.clip_bounds=absolute needs 0 <= clip_low={c.clip_low} <= 1 <= clip_high="
+            f"{c.clip_high}; usual: 0 and 5",
+        )
+    _check(0 <= c.clip_low <= 1, f"grpo.clip_low={c.clip_low} must lie in [0, 1]; usual: 0.2")
+    _check(c.clip_high >= 0, f"grpo.clip_high={c.clip_high} must be >= 0; usual: 0.2 or 0.28")
+    _check(
+        c.dual_clip == 0 or c.dual_clip > 1,
+        f"grpo.dual_clip={c.dual_clip} must be 0 (off) or greater than 1; usual: 3",
+    )
+    _check(
+        c.dual_clip == 0 or c.ratio == "ppo",
+        f"grpo.dual_clip={c.dual_clip} bounds the PPO clip only, not grpo.ratio={c.ratio}; set it to 0",
+    )
+    _check(
+        not c.ratio.startswith("gspo") or c.aggregation == "sequence_mean",
+        f"grpo.ratio={c.ratio} is a sequence ratio and needs grpo.aggregation=sequence_mean, "
+        f"not {c.aggregation}, which would weigh it by lengths; set that, or a ratio per token: ppo, cispo",
+    )
+    _check(
+        c.ratio != "gspo" or not c.token_rewards,
+        "grpo.ratio=gspo needs one advantage per completion, but the critic or the KL in the reward "
+        "gives one per token; set grpo.ratio=gspo_token",
+    )
+    _check(
+        c.sapo_tau_positive > 0 and c.sapo_tau_negative > 0 and c.dppo_delta > 0,
+        f"grpo.sapo_tau_positive={c.sapo_tau_positive}, grpo.sapo_tau_negative={c.sapo_tau_negative} "
+        f"and grpo.dppo_delta={c.dppo_delta} must be positive; usual: 1, 1.05, 0.2",
+    )
+
+
+def _check_correction(c: GrpoConfig) -> None:
+    _check(
+        c.correction == "none" or c.ratio_from == "learner",
+        f"grpo.correction={c.correction} with grpo.ratio_from=sampler would weight by "
+        "learner/sampler twice; set grpo.ratio_from=learner, or grpo.correction=none",
+    )
+    _check(
+        c.correction_cap >= 1,
+        f"grpo.correction_cap={c.correction_cap} must be at least 1; usual: 2",
+    )
+    _check(
+        0 <= c.correction_floor <= 1,
+        f"grpo.correction_floor={c.correction_floor} must lie in [0, 1]; usual: 0",
+    )
+    _check(
+        0 <= c.mask_low <= 1 <= c.mask_high,
+        f"grpo.mask_low={c.mask_low} and grpo.mask_high={c.mask_high} must lie on either side of 1, the "
+        "ratio of equal policies; usual: 0.999 and 1.001 (geometric), 0.5 and 2 (product)",
+    )
+
+
+def _check_kl(c: GrpoConfig) -> None:
+    _check(
+        c.kl_in == "loss" or c.kl_weight != 0,
+        "grpo.kl_in=reward with grpo.kl_weight=0 subtracts nothing; set a weight, or grpo.kl_in=loss",
+    )
+    _check(
+        c.kl_in == "loss" or c.kl_estimator == "k1",
+        f"grpo.kl_in=reward with grpo.kl_estimator={c.kl_estimator} has a biased gradient "
+        "(k1 is exact there); set grpo.kl_estimator=k1, or grpo.kl_in=loss",
+    )
+    _check(
+        c.kl_in == "loss" or not (c.kl_importance or c.kl_bound),
+        "grpo.kl_importance and grpo.kl_bound shape the KL term of the loss; set grpo.kl_in=loss",
+    )
+    _check(
+        c.kl_target == 0 or (c.kl_target > 0 and c.kl_in == "reward"),
+        f"grpo.kl_target={c.kl_target} must be >= 0 and adapts the KL of grpo.kl_in=reward only",
+    )
+    _check(
+        c.reference_refresh_steps >= 0 and (c.reference_refresh_steps == 0 or c.uses_reference),
+        f"grpo.reference_refresh_steps={c.reference_refresh_steps} refreshes a reference that nothing "
+        "uses; set grpo.kl_weight or grpo.log_reference, or grpo.reference_refresh_steps=0",
+    )

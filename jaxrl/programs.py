@@ -1,0 +1,299 @@
+"""The jitted phases of a run as programs to compile: nothing is allocated, no device is needed.
+
+Learner and engine are built as a run builds them, but under jax.eval_shape, so that the arrays they
+would make are shapes only; their own jitted functions are then lowered with arguments of those shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl import build
+from jaxrl.batch import Batch
+from jaxrl.config import Config
+from jaxrl.errors import UserError
+from jaxrl.learner.learner import Learner
+from jaxrl.observe import Observer, Shapes
+from jaxrl.plan import make_shapes
+from jaxrl.rollout.engine import RolloutEngine, prompt_bucket
+from models.config import ModelConfig
+from models.decoder import abstract_decoder
+from models.sharding import batch_sharding, policy_shardings
+from roofline import traffic
+from roofline.kernels import ceil_div
+from roofline.memory import program_memory
+from roofline.phases import Phase
+from roofline.rehearse.executable import Program, local_bytes
+
+PHASES = (
+    Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.TRAIN, Phase.OPTIMIZER, Phase.PUBLISH,
+)  # fmt: skip
+"""Phases that are one program each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A run before it begins, on meshes whose devices need not exist."""
+
+    config: Config
+    subject: build.Subject
+    learner_mesh: Mesh
+    rollout_mesh: Mesh
+
+    def __post_init__(self) -> None:
+        """Raises: UserError for what is not compiled here."""
+        if self.model.lora is not None:
+            raise UserError(
+                f"lora.rank={self.model.lora.rank}: rehearse compiles training of all parameters; set "
+                "--lora.rank 0"
+            )
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return self.subject.model
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Static shapes, from which costs follow."""
+        return make_shapes(self.config, self.model)
+
+    def program(self, phase: Phase) -> Program:
+        """The phase as one program. Raises: UserError for a phase that is none."""
+        makers: dict[Phase, Callable[[], Program]] = {
+            Phase.PREFILL: self._prefill, Phase.DECODE: self._decode, Phase.SCORE: self._score,
+            Phase.TRAIN: self._train, Phase.OPTIMIZER: self._optimizer, Phase.PUBLISH: self._publish,
+        }  # fmt: skip
+        if phase not in makers:
+            raise UserError(f"{phase} is no single program; use some of {', '.join(PHASES)}")
+        return makers[phase]()
+
+    # -- what would be on the devices --------------------------------------------------------------
+
+    @cached_property
+    def policy(self) -> Any:
+        """The learner's weights, float32."""
+        return _placed(
+            abstract_decoder(self.model), policy_shardings(self.model, self.learner_mesh)
+        )
+
+    @cached_property
+    def snapshot(self) -> Any:
+        """The rollout's weights, in the compute type."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        places = policy_shardings(self.model, self.rollout_mesh)
+        return _placed(abstract_decoder(self.model, dtype), places)
+
+    @cached_property
+    def learner(self) -> Learner:
+        """Its state holds shapes."""
+        made: list[Learner] = []
+
+        def make(policy: Any) -> Any:
+            made.append(
+                build.make_learner(self.config, self.model, self.learner_mesh, policy, Observer())
+            )
+            return made[0].state
+
+        state = jax.eval_shape(make, self.policy)
+        made[0].state = _placed(state, made[0].places)
+        return made[0]
+
+    @cached_property
+    def engine(self) -> tuple[RolloutEngine, Any]:
+        """The engine, and its slots as shapes."""
+        made: list[RolloutEngine] = []
+
+        def make() -> Any:
+            made.append(build.make_engine(self.config, self.subject, self.rollout_mesh, Observer()))
+            return made[0].slots
+
+        slots = jax.eval_shape(make)
+        return made[0], _placed(slots, made[0].places)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """One packed micro-batch."""
+        train, scored = self.config.train, self.config.grpo.scores_first
+        shape, rows = (
+            (train.rows_per_microbatch, train.row_tokens),
+            batch_sharding(self.learner_mesh),
+        )
+
+        def array(dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+
+        whole, real = array(jnp.int32), array(jnp.float32)
+        return Batch(
+            tokens=whole, segment_ids=whole, positions=whole, targets=whole,
+            loss_mask=array(jnp.bool_), token_weights=real, advantages=real, sampler_logprobs=real,
+            prefix_ids=whole if train.shared_prompts else None,
+            learner_logprobs=real if scored else None, learner_entropy=real if scored else None,
+        )  # fmt: skip
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Bytes of one device of each lane between programs: the state with the reference; two
+        snapshots, while a version arrives, and the slots."""
+        reference = self.learner.needs_reference and self.learner.state.reference is None
+        state = local_bytes(self.learner.state) + reference * local_bytes(self.policy)
+        return {
+            "learner": state,
+            "rollout": 2 * local_bytes(self.snapshot) + local_bytes(self.engine[1]),
+        }
+
+    # -- programs ----------------------------------------------------------------------------------
+
+    def _prefill(self) -> Program:
+        config, layout = self.config, self.shapes.rollout
+        new = ceil_div(config.rollout.slots, config.grpo.group_size)
+        rows = prompt_bucket(min(config.grpo.prompts_per_step, new))
+        tokens = config.rollout.max_prompt_tokens
+        prompts = self._on_rollout((rows, tokens), jnp.int32)
+        return Program(
+            phase=Phase.PREFILL, lane="rollout", function=self.engine[0].programs["prefill"],
+            arguments=(self.snapshot, prompts), mesh=self.rollout_mesh,
+            cost=self.shapes.prefill(rows, tokens, 0),
+            traffic=traffic.forward(self.model, layout, ceil_div(rows, layout.row_shards) * tokens),
+            memory=program_memory(self.model, layout, Phase.PREFILL, rows=rows, row_tokens=tokens),
+            resident=local_bytes(self.snapshot),
+        )  # fmt: skip
+
+    def _decode(self) -> Program:
+        rollout, layout = self.config.rollout, self.shapes.rollout
+        engine, slots = self.engine
+        longest, local = slots.cache.max_tokens, ceil_div(rollout.slots, layout.row_shards)
+        once = traffic.forward(self.model, layout, local) + traffic.sampling(
+            self.model, layout, local
+        )
+        return Program(
+            phase=Phase.DECODE, lane="rollout", function=engine.programs["decode"],
+            arguments=(self.snapshot, slots, self._on_rollout((), jnp.int32)),
+            options={"steps": rollout.chunk_steps, "filtered": False, "greedy": False},
+            mesh=self.rollout_mesh, trips=rollout.chunk_steps,
+            cost=self.shapes.decode(longest, rollout.chunk_steps),
+            traffic=traffic.repeated(once, rollout.chunk_steps),
+            memory=program_memory(
+                self.model, layout, Phase.DECODE, rows=rollout.slots, row_tokens=longest
+            ),
+            resident=local_bytes((self.snapshot, slots)),
+        )  # fmt: skip
+
+    def _score(self) -> Program:
+        layout = self.shapes.learner
+        return Program(
+            phase=Phase.SCORE, lane="learner", function=self.learner.programs["score"],
+            arguments=(self.policy, self.batch), mesh=self.learner_mesh,
+            cost=self.shapes.reference(1),
+            traffic=traffic.score(self.model, layout, self._tokens, self._predicting),
+            memory=self._packed_memory(Phase.SCORE), resident=local_bytes(self.policy),
+            tokens=self._chunked, vocab=self._vocab,
+        )  # fmt: skip
+
+    def _train(self) -> Program:
+        layout, learner = self.shapes.learner, self.learner
+        rows = self.config.train.rows_per_microbatch, self.config.train.row_tokens
+        reference = None
+        if learner.needs_reference:
+            reference = jax.ShapeDtypeStruct(
+                rows, jnp.float32, sharding=batch_sharding(self.learner_mesh)
+            )
+        return Program(
+            phase=Phase.TRAIN, lane="learner", function=learner.programs["accumulate"],
+            arguments=(self.policy, self.policy, self._metrics(reference), self.batch, reference),
+            mesh=self.learner_mesh, cost=self.shapes.train(1),
+            traffic=traffic.train(self.model, layout, self._tokens, self._predicting),
+            memory=self._packed_memory(Phase.TRAIN), resident=local_bytes(self.policy),
+            tokens=self._chunked, vocab=self._vocab,
+        )  # fmt: skip
+
+    def _optimizer(self) -> Program:
+        return Program(
+            phase=Phase.OPTIMIZER, lane="learner", function=self.learner.programs["apply"],
+            arguments=(self.learner.state, self.policy), mesh=self.learner_mesh,
+            cost=self.shapes.optimizer(), traffic=(),
+            memory=program_memory(self.model, self.shapes.learner, Phase.OPTIMIZER),
+            resident=local_bytes(self.learner.state),
+        )  # fmt: skip
+
+    def _publish(self) -> Program:
+        """The part on the learner's devices; the copy to the rollout's is no program."""
+        store = build.make_store(self.config, self.model, self.learner_mesh, self.rollout_mesh)
+        learner, rollout = self.shapes.learner, self.shapes.rollout
+        return Program(
+            phase=Phase.PUBLISH, lane="learner", function=store.program,
+            arguments=(self.policy,), mesh=self.learner_mesh, cost=self.shapes.publish(),
+            traffic=traffic.publication(self.model, learner, rollout),
+            memory=program_memory(self.model, learner, Phase.PUBLISH),
+            resident=local_bytes(self.policy),
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------
+
+    @property
+    def _predicting(self) -> int:
+        """Of these, the ones that meet the head."""
+        shared, train = self.shapes.shared, self.config.train
+        in_front = shared.prompt_tokens / train.row_tokens if shared else 0.0
+        return round(self._tokens * (1 - in_front))
+
+    @property
+    def _tokens(self) -> int:
+        """Of one device's rows of a micro-batch."""
+        train = self.config.train
+        return (
+            ceil_div(train.rows_per_microbatch, self.shapes.learner.row_shards) * train.row_tokens
+        )
+
+    @property
+    def _chunked(self) -> int:
+        """Those tokens where their logits come in chunks, else 0."""
+        return self._tokens if self._tokens > self.config.train.logprob_chunk_tokens else 0
+
+    @property
+    def _vocab(self) -> tuple[int, ...]:
+        whole = self.model.vocab_size
+        return tuple({whole, ceil_div(whole, self.shapes.learner.tensor)})
+
+    def _packed_memory(self, phase: Phase) -> dict[str, int]:
+        train = self.config.train
+        return program_memory(
+            self.model, self.shapes.learner, phase, rows=train.rows_per_microbatch,
+            row_tokens=train.row_tokens, remat=self.config.model.remat,
+            chunk_tokens=train.logprob_chunk_tokens,
+        )  # fmt: skip
+
+    def _metrics(self, reference: Any) -> Any:
+        with jax.set_mesh(self.learner_mesh):
+            shapes = jax.eval_shape(
+                lambda *given: self.learner.programs["loss"](*given)[1],
+                self.policy,
+                self.batch,
+                reference,
+            )
+        everywhere = NamedSharding(self.learner_mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+        )
+
+    def _on_rollout(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        everywhere = NamedSharding(self.rollout_mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere)
+
+
+def _placed(shapes: Any, places: Any) -> Any:
+    """Shapes with the shardings of `places`, a tree prefix of theirs."""
+    return jax.tree.map(
+        lambda place, part: jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part
+        ),
+        places,
+        shapes,
+    )

@@ -1,0 +1,108 @@
+"""Planned peak memory against the compiler's own plan, for the run's own programs on the host's devices.
+
+float32, the CPU's own type: in bfloat16 XLA's CPU backend computes on float32 copies. For GPUs:
+test_rehearse_gpu.py, and for sharded training, whose gradients the CPU backend sums whole instead of
+scattering them. The shapes are not those that the plan's coefficients were fitted to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from jaxrl.config import Config, MeshConfig, ModelOptions, RolloutConfig, TrainConfig
+from jaxrl.programs import Stage
+from jaxrl.rehearse import make_stage
+from models import layers
+from roofline import memory
+from roofline.memory import HELD
+from roofline.phases import Phase
+from roofline.rehearse.executable import Executable, compile_program
+from roofline.rehearse.target import HOST
+
+PLANNED = 0.10
+"""Planned over compiled peak memory: the figure that the plan promises."""
+ARGUMENTS = 0.03
+"""Batches, counters and slot tables are not planned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run's sizes."""
+
+    width: int = 192
+    layers: int = 3
+    heads: tuple[int, int, int] = (6, 2, 32)
+    ffw: int = 640
+    rows: int = 16
+    tokens: int = 160
+    chunk: int = 640
+    slots: int = 48
+    remat: str = "none"
+    fsdp: int = 1
+
+    def stage(self) -> Stage:
+        model = ModelOptions(
+            width=self.width, num_layers=self.layers, num_heads=self.heads[0],
+            num_kv_heads=self.heads[1], head_size=self.heads[2], ffw_size=self.ffw,
+            remat="block" if self.remat == "block" else "none",
+        )  # fmt: skip
+        config = Config(
+            model=model,
+            train=TrainConfig(
+                row_tokens=self.tokens, rows_per_microbatch=self.rows, logprob_chunk_tokens=self.chunk
+            ),
+            rollout=RolloutConfig(
+                slots=self.slots, chunk_steps=4, max_prompt_tokens=32,
+                max_new_tokens=self.tokens - 32,
+            ),
+            mesh=MeshConfig(colocated=True, learner_fsdp=self.fsdp, rollout_data=self.fsdp),
+        )  # fmt: skip
+        return make_stage(config, HOST, self.fsdp)
+
+
+DENSE = Case()
+DEEP_NARROW = Case(width=96, layers=8, heads=(4, 4, 24), ffw=320, rows=8, tokens=96)
+WIDE_HEADS = Case(width=128, layers=4, heads=(12, 6, 32), ffw=512, rows=8)
+REMADE = Case(layers=6, remat="block", rows=12)
+SHARDED = Case(fsdp=8, rows=32)
+CASES = [DENSE, DEEP_NARROW, WIDE_HEADS, REMADE, SHARDED]
+
+
+def compiled(case: Case, phase: Phase) -> Executable:
+    return compile_program(case.stage().program(phase))
+
+
+def assert_planned(executable: Executable) -> None:
+    planned = executable.program.memory
+    held = sum(size for name, size in planned.items() if name in HELD)
+    assert executable.memory.arguments == pytest.approx(held, rel=ARGUMENTS)
+    assert sum(planned.values()) == pytest.approx(executable.memory.peak, rel=PLANNED), planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case.fsdp == 1])
+def test_training_needs_the_planned_memory(case: Case) -> None:
+    assert_planned(compiled(case, Phase.TRAIN))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_scoring_needs_the_planned_memory(case: Case) -> None:
+    assert_planned(compiled(case, Phase.SCORE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [DENSE, WIDE_HEADS, SHARDED])
+def test_decoding_needs_the_planned_memory(case: Case) -> None:
+    assert_planned(compiled(case, Phase.DECODE))
+
+
+def test_the_plan_and_the_model_agree_on_a_block_of_scores() -> None:
+    assert memory.SCORES_AT_ONCE == layers.SCORES_AT_ONCE
+
+
+def test_a_training_step_and_its_decode_need_the_planned_memory() -> None:
+    small = replace(DENSE, layers=2, rows=8)
+    for phase in (Phase.TRAIN, Phase.DECODE):
+        assert_planned(compiled(small, phase))
