@@ -34,7 +34,7 @@ train: setup
 	@$(RUN) -m jaxrl.train --config configs/quickstart.yaml $(ARGS)
 
 test: setup
-	@$(RUN) -m pytest -q $(ARGS)
+	@$(RUN) -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -8,9 +8,9 @@ it until it has sampled the budget, discarded groups, votes and probes included.
 and has no cold start: it is supervised training from scratch. The two controls must stay at the start.
 
 All share the batch, the optimizer and a learning rate that falls linearly; SETTINGS says where one has a
-rate of its own, found on seed 100, which is not reported. A (preset, seed) whose run folder holds a summary
-is read, not run again; the table is written after every run. Begin on a quiet machine: the first runs
-calibrate, and a disturbed calibration is not kept but made again by each run (half a minute).
+rate of its own, and why. Rates are tried on seed 100, which is not reported. A (preset, seed) whose run
+folder holds a summary is read, not run again; the table is written after every run. Begin on a quiet
+machine: the first runs calibrate, and a disturbed calibration is made again by each run (half a minute).
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ SETTINGS: dict[str, Setting] = {
     # dynamic sampling spends most of the budget on groups that it throws away
     "dapo": Setting(steps=138),
     "dapo_prompt": Setting(steps=138),
+    # advantages per token and a learner that takes stale samples as its own: ppo fell to 0 at 1e-3
+    "ppo": Setting(learning_rate=3e-4),
+    "ppo_shared": Setting(learning_rate=3e-4),
+    "reinforce_pp": Setting(learning_rate=3e-4),
 }
 
 

@@ -269,9 +269,9 @@ def _flatten(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
             continue  # a section with nothing under it
         elif isinstance(value, list) and _holds_list(f"{prefix}{key}"):
             if value:
-                yield from (_spelled(f"--{prefix}{key}"), *map(str, value))
+                yield from (_dashed(f"--{prefix}{key}"), *map(str, value))
         else:
-            yield _spelled(f"--{prefix}{key}={value}")
+            yield f"{_dashed(f'--{prefix}{key}')}={value}"
 
 
 def _holds_list(key: str) -> bool:
@@ -280,13 +280,17 @@ def _holds_list(key: str) -> bool:
     return isinstance(getattr(getattr(Config(), section, None), name, None), tuple)
 
 
+def _dashed(option: str) -> str:
+    """`option` with the dashes of the help, so that tyro finds what a misspelt one is near to."""
+    return option.replace("_", "-")
+
+
 def _spelled(word: str) -> str:
-    """`word` with the dashes of the help, so that tyro finds what a misspelt option is near to, and
-    with YAML's true and false as Python's."""
+    """A word of the command line, `_dashed` and with YAML's true and false as Python's."""
     if not word.startswith("--"):
         return _BOOLEANS.get(word, word)
     key, equals, value = word.partition("=")
-    return key.replace("_", "-") + equals + _BOOLEANS.get(value, value)
+    return _dashed(key) + equals + _BOOLEANS.get(value, value)
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -92,7 +92,8 @@ def open_run(config: Config, argv: Sequence[str] = ()) -> RunFolder:
 
     `argv` is kept in commands.txt. A resumed run may differ from the stored configuration in
     checkpoint.*, eval.*, run.dir, run.report, task.reward_workers, and in train.steps and
-    train.max_generated_tokens where the learning rate does not depend on them: what leaves the curve so far as it was.
+    train.max_generated_tokens where the learning rate does not depend on them: what leaves the curve so
+    far as it was.
 
     Raises:
         UserError: another process writes the folder, it holds another run, or it cannot be written.

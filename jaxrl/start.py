@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxrl.build import Subject, held_out, make_learner
 from jaxrl.checkpoint import FIRST_STEP, Checkpoints
@@ -104,6 +104,13 @@ class Starter:
         return curves
 
 
+def _mesh_of(policy: Decoder) -> Mesh:
+    sharding = policy.embedding.sharding
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, Mesh):
+        raise TypeError(f"the policy lies as {sharding}, not on a mesh of devices")
+    return sharding.mesh
+
+
 def fork(like: Decoder, folder: Path) -> Decoder:
     """The weights of the newest checkpoint of another run, an adapter merged into them.
 
@@ -120,7 +127,7 @@ def fork(like: Decoder, folder: Path) -> Decoder:
             return checkpoints.restore_policy(step, like)
         config = dataclasses.replace(like.config, lora=lora)
         base, table = checkpoints.restore_frozen(like), adapter_table(config)
-        places = adapter_shardings(config, like.embedding.sharding.mesh)
+        places = adapter_shardings(config, _mesh_of(like))
         adapter = checkpoints.restore_policy(
             step,
             {

@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from jax.sharding import Mesh
+
 from jaxrl import build
 from jaxrl.auto_mesh import resolve, resolved_before
 from jaxrl.buffer import GroupBuffer
@@ -45,9 +47,10 @@ from jaxrl.finish import finish
 from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.prepare import Rows, prepare
-from jaxrl.plan import make_plan, plan_rows, workload_of
+from jaxrl.plan import Plan, make_plan, plan_rows, workload_of
 from jaxrl.policy import describe_policy
 from jaxrl.presets import listing
+from jaxrl.prompts import PromptStream
 from jaxrl.record import RunRecord
 from jaxrl.refill import take_batch
 from jaxrl.rewards.pool import RewardPool
@@ -61,6 +64,7 @@ from jaxrl.types import Problem, RolloutGroup, Snapshot
 from jaxrl.weights import WeightStore
 from models.hf import export_policy
 from roofline.calibrate import cached_or_calibrate
+from roofline.hardware import Hardware
 from roofline.phases import Phase
 
 
@@ -96,8 +100,17 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     print_plan(plan_rows(config, plan, hardware, subject.tokenizer) + more_rows)
     if config.run.fork_from is not None:
         existing_checkpoints(config.run.fork_from)
-    if parsed.dry_run:
-        return
+    if not parsed.dry_run:
+        meshes = learner_mesh, rollout_mesh
+        _run(config, subject, stream, meshes, hardware, plan, argv, only_cold_start=only_cold_start)
+
+
+def _run(
+    config: Config, subject: build.Subject, stream: PromptStream, meshes: tuple[Mesh, Mesh],
+    hardware: Hardware, plan: Plan, argv: Sequence[str], *, only_cold_start: bool,
+) -> None:  # fmt: skip
+    """From the run folder to the summary, on what `run` has made and checked."""
+    learner_mesh, rollout_mesh = meshes
     with ExitStack() as stack:
         folder = stack.enter_context(closing(open_run(config, argv)))
         hardware.save(folder.hardware)
@@ -255,9 +268,7 @@ class Loop:
         with self.telemetry.observer.publish(step) as work:
             traced = self.store.trace_count
             snapshot = self.store.publish(step, self.learner.policy)
-            work.update(
-                bytes=self.store.published_bytes, compiled=self.store.trace_count - traced
-            )
+            work.update(bytes=self.store.published_bytes, compiled=self.store.trace_count - traced)
         return snapshot
 
     def _evaluate(self, snapshot: Snapshot) -> dict[str, float]:

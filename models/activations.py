@@ -30,39 +30,14 @@ def shares_work() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-@jax.custom_vjp
 def gather_width(matrix: jax.Array) -> jax.Array:
     """matrix [V, D] with D whole on every device and V split over the tensor axis where it divides.
 
     Looking rows up in a matrix whose D is split would move activations between devices instead of
-    weights, and not as the rows are split. Its gradient comes back split as it is stored: a constraint's
-    own gradient would be whole on every device. The matrix itself outside a mesh.
+    weights, and not as the rows are split. The matrix itself outside a mesh.
     """
-    return _constrain(matrix, width=None)
-
-
-def scatter_width(matrix: jax.Array) -> jax.Array:
-    """matrix [V, D] with D split over the fsdp axis where it divides, as parameters are stored: what is
-    summed over devices is then scattered to them, not summed whole on each."""
-    return _constrain(matrix, width="fsdp")
-
-
-def _constrain(matrix: jax.Array, *, width: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not {"fsdp", "tensor"} <= set(mesh.axis_names):
+    if mesh.empty or "tensor" not in mesh.axis_names:
         return matrix
     split = "tensor" if matrix.shape[0] % mesh.shape["tensor"] == 0 else None
-    if width is not None and matrix.shape[1] % mesh.shape[width]:
-        width = None
-    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(split, width))
-
-
-def _gather_forward(matrix: jax.Array) -> tuple[jax.Array, None]:
-    return _constrain(matrix, width=None), None
-
-
-def _gather_backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
-    return (scatter_width(gradient),)
-
-
-gather_width.defvjp(_gather_forward, _gather_backward)
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(split, None))

@@ -75,7 +75,9 @@ class Lora:
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} must be at least 1; usual: 8 to 64")
         if not self.alpha > 0:
-            raise ValueError(f"lora.alpha={self.alpha} must be positive; usual: once or twice the rank")
+            raise ValueError(
+                f"lora.alpha={self.alpha} must be positive; usual: once or twice the rank"
+            )
 
     @property
     def scale(self) -> float:
@@ -97,7 +99,8 @@ class Lora:
                     f"lora.targets={targets!r} names {name!r}; write {ALL_LINEAR}, or some of "
                     f"{','.join(LORA_TARGETS)}"
                 )
-        return cls(rank=rank, alpha=alpha, targets=tuple(LORA_TARGETS[name] for name in names))
+        chosen = tuple(own for theirs, own in LORA_TARGETS.items() if theirs in names)
+        return cls(rank=rank, alpha=alpha, targets=chosen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

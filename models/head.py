@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models.activations import gather_width, scatter_width
+from models.activations import gather_width
 from models.decoder import Policy
 
 
@@ -122,11 +122,11 @@ def _chunked_backward(saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array,
             d_matrix = d_matrix + jnp.einsum(
                 "btv,btd->vd", d_logits, h, preferred_element_type=jnp.float32
             )
-        return gather_width(d_matrix), d_hidden  # whole: devices sum it once, after the last chunk
+        return d_matrix, d_hidden
 
     xs = (hidden, targets, log_sum, entropy, *cotangents)
     d_matrix, d_hidden = jax.lax.scan(step, jnp.zeros(matrix.shape, jnp.float32), xs)
-    return scatter_width(d_matrix).astype(matrix.dtype), d_hidden, None, jnp.zeros_like(scale)
+    return d_matrix.astype(matrix.dtype), d_hidden, None, jnp.zeros_like(scale)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

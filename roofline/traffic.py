@@ -140,22 +140,24 @@ def repeated(collectives: tuple[Collective, ...], times: int) -> tuple[Collectiv
 
 
 def gradients(model: ModelConfig, layout: Layout) -> tuple[Collective, ...]:
-    """Of one micro-batch's weight gradients in the compute type, before they are accumulated; the head's
-    in float32, in which its chunks are summed.
+    """Of one micro-batch's weight gradients in the compute type, before they are accumulated. The head's
+    is summed whole, in float32, in which its chunks are accumulated.
 
     A tied matrix is summed twice, as embedding and as head. Of an adapted model the adapter's alone.
     """
     part, size = shard(model, layout), layout.compute_bytes
     matrix = part.vocab * model.width
     summed = (model.num_layers * _layer_values(model, part) + matrix) * size
-    summed += matrix * FLOAT32_BYTES
-    count = _weights_apart(model) * model.num_layers + 2
+    count, of_head = _weights_apart(model) * model.num_layers + 1, matrix * FLOAT32_BYTES
     if model.lora:
-        summed = adapter_values(model, layout) * size
+        summed, of_head = adapter_values(model, layout) * size, 0
         count = model.num_layers * adapter_arrays(model)
     array_bytes = summed / count
     found = _over("reduce-scatter", "fsdp", layout.fsdp, array_bytes, count)
     found += _over("all-reduce", "data", layout.data, array_bytes / layout.fsdp, count)
+    if of_head:
+        found += _over("all-reduce", "fsdp", layout.fsdp, of_head)
+        found += _over("all-reduce", "data", layout.data, of_head / layout.fsdp)
     if not model.num_experts:
         return found
     experts, count = expert_values(model, part, layout) * size / 2, 2 * model.num_layers

@@ -16,8 +16,13 @@ os.environ["PJRT_NPROC"] = (
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
+
+# The same examples in every run, so that a change and not a draw decides; HYPOTHESIS_PROFILE=default draws anew.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")

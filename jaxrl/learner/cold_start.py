@@ -31,7 +31,10 @@ def cold_start(
     """Train `policy` (which is consumed) on worked solutions; returns the trained one."""
     sft, train = config.sft, config.train
     rate = learning_rate(
-        peak=sft.learning_rate, warmup_steps=sft.warmup_steps, steps=sft.steps, schedule=sft.schedule
+        peak=sft.learning_rate,
+        warmup_steps=sft.warmup_steps,
+        steps=sft.steps,
+        schedule=sft.schedule,
     )
     learner = make_learner_at(config, subject.model, mesh, policy, rate, Observer())
     prompts, solutions = encode_solutions(config, subject)

@@ -75,9 +75,10 @@ class Learner:
         self.frozen: Decoder | None = None
         self._make_metrics: Callable[[], LossMetrics] | None = None
         shardings: Any = policy_shardings(config, mesh)
+        first: Any = policy
         if isinstance(policy, AdaptedDecoder):
-            self.frozen, shardings = policy.base, adapter_shardings(config, mesh)
-        first = policy if self.frozen is None else policy.adapter
+            self.frozen, first = policy.base, policy.adapter
+            shardings = adapter_shardings(config, mesh)
         self._everywhere = scalar = NamedSharding(mesh, PartitionSpec())
         self._rows = batch_sharding(mesh)
         self._copy = jax.jit(partial(jax.tree.map, jnp.copy), out_shardings=shardings)

@@ -46,7 +46,5 @@ def adamw(
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
     return optax.chain(
         clip,
-        optax.adamw(
-            rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=mask
-        ),
+        optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=mask),
     )

@@ -189,7 +189,7 @@ class RewardPool:
         The future raises VerifierError if the verifier does; it cannot be cancelled, and its
         callbacks run in a thread of the pool. Raises: RuntimeError after `close`.
         """
-        group = _Group(items=[Item(*item) for item in items])
+        group = _Group(items=[Item(*item[:3], *item[3:]) for item in items])
         group.future.set_running_or_notify_cancel()
         with self._lock:
             if self._stop.is_set():

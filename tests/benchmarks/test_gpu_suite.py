@@ -315,7 +315,10 @@ def test_the_readme_table_holds_the_newest_results_of_each_device(tmp_path: Path
 
 def test_programs_of_attention_are_chosen_from_the_results(tmp_path: Path) -> None:
     store = made_up_results(tmp_path)
-    faster = {**store.content["results"]["qwen3-0.6b decode 256x512"], "measured_s": {"median": 0.5}}
+    faster = {
+        **store.content["results"]["qwen3-0.6b decode 256x512"],
+        "measured_s": {"median": 0.5},
+    }
     store.content["results"]["qwen3-0.6b decode 256x512 pallas"] = faster
     store.content["results"]["qwen3-0.6b decode 256x2048 int8"] = faster
     table = gpu_table.attention_table([store.content])

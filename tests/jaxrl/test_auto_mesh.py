@@ -78,10 +78,11 @@ def test_the_chosen_split_is_the_plan_s_best_for_the_devices_there_are() -> None
 
 
 def test_a_dry_run_on_eight_devices_prints_the_split_and_its_plan(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(train, "cached_or_calibrate", lambda *_, **__: H200)
-    train.main(["--config", "quickstart", "--mesh", "auto", "--dry-run"])
+    folder = f"--run.dir={tmp_path / 'run'}"
+    train.main(["--config", "quickstart", "--mesh", "auto", "--dry-run", folder])
     text = capsys.readouterr().out
     assert "mesh auto: " in text
     assert "regret" in text

@@ -114,7 +114,7 @@ GOOD = {"prompt": "a", "completion": "b"}
         ({"messages": TALK[:1]}, r"no turn of the assistant"),
         ({"messages": [TALK[0], {"role": "assistant", "content": ""}]}, r"turn 2, the assistant's"),
         ({"prompt": "a", "completion": ""}, r"'completion' is empty"),
-        ({"prompt": "a", "completion": [1]}, r"both texts or lists"),
+        ({"prompt": "a", "completion": 7}, r"both texts or lists"),
         (
             {"prompt": "a", "completion": "b" * 200},
             r"has 202 tokens, more than train\.row_tokens=100",

@@ -55,6 +55,7 @@ def folder(tmp_path_factory) -> Path:
 @given(config=CONFIGS)
 @example(config=Config(task=TaskConfig(operators="\x85")))  # YAML's next-line, easily folded away
 @example(config=Config(task=TaskConfig(operators="")))
+@example(config=Config(run=RunConfig(dir=Path("false"))))
 def test_saving_and_loading_is_the_identity(config, folder):
     save_config(config, folder / "config.yaml")
     assert load_config(folder / "config.yaml") == config

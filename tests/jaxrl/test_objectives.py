@@ -59,7 +59,8 @@ def _rollout(p: int, g: int) -> Rollout:
         ),
         text="",
         reward=Reward(
-            total=float(papers.REWARDS[p][g]), correct=papers.REWARDS[p][g] == 1,
+            total=float(papers.REWARDS[p][g]),
+            correct=papers.REWARDS[p][g] == 1,
             answer=papers.ANSWERS[p][g],
         ),
     )

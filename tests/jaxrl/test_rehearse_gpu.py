@@ -81,10 +81,22 @@ def test_what_must_hold_of_an_executable_holds(phase: Phase, devices: int) -> No
     assert not failed
 
 
-@pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("phase", PHASES)
-def test_peak_memory_is_as_planned(phase: Phase, devices: int) -> None:
-    assert ratio(compiled(phase, devices), "peak memory") == pytest.approx(1, abs=PLANNED)
+def test_peak_memory_is_as_planned(phase: Phase) -> None:
+    assert ratio(compiled(phase, 1), "peak memory") == pytest.approx(1, abs=PLANNED)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_eight_devices_need_the_planned_memory_and_at_most_one_matrix_fetched_early(
+    phase: Phase,
+) -> None:
+    found = next(line for line in lines(compiled(phase, 8)) if line.name == "peak memory")
+    model = stage(8).model
+    early = (
+        2 * model.vocab_size * model.width
+    )  # of a tied matrix's second gather, beside two layers
+    assert (1 - PLANNED) * found.predicted < found.compiled
+    assert found.compiled < (1 + PLANNED) * found.predicted + early
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -104,12 +116,10 @@ def test_weights_are_gathered_in_the_compute_type_a_tied_matrix_for_each_of_its_
     assert found.compiled == pytest.approx(found.predicted + again, rel=GATHERED)
 
 
-def test_gradients_are_scattered_not_summed_whole() -> None:
+def test_gradients_are_scattered_but_the_heads_which_is_summed_whole() -> None:
     executable = compiled(Phase.TRAIN, 8)
-    assert ratio(executable, "reduce-scatter, arrays") == pytest.approx(1, abs=GATHERED)
-    whole = sum(c.times * c.whole_bytes for c in executable.collectives if c.kind == "all-reduce")
-    scattered = sum(c.times * c.whole_bytes for c in executable.collectives if "scatter" in c.kind)
-    assert whole < GATHERED * scattered
+    for name in ("reduce-scatter, arrays", "all-reduce, arrays"):
+        assert ratio(executable, name) == pytest.approx(1, abs=GATHERED)
 
 
 def test_devices_that_share_the_slots_exchange_nothing_but_when_to_stop() -> None:

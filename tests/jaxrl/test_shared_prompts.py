@@ -119,7 +119,8 @@ def test_a_group_that_does_not_fit_one_row_brings_its_prompt_again():
     )  # fmt: skip
     batches, stats = pack([long] * 4, row_tokens=ROW_TOKENS, rows_per_microbatch=2, shared=SHARED)
     prompt = len(tokens) - size
-    assert stats.rows == 2 and stats.tokens == 4 * size + 2 * (prompt - 1)
+    assert stats.rows == 2
+    assert stats.tokens == 4 * size + 2 * (prompt - 1)
     assert (batches[0].positions[:, : prompt - 1] == np.arange(prompt - 1)).all()
 
 

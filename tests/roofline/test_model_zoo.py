@@ -9,7 +9,6 @@ import pytest
 
 from roofline.model_zoo import ZOO, find_model
 
-
 ROUNDED = 0.02
 """Parameters of mixtures are published to two or three digits."""
 

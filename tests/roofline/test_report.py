@@ -158,7 +158,9 @@ def test_a_call_beside_a_computing_lane_is_compared_with_the_stretched_predictio
     rows = {row.phase: row for row in phase_rows(read_run(run_dir))}
     train, decode = rows[Phase.TRAIN], rows[Phase.DECODE]
     assert train.overlap == pytest.approx(1.0)
-    between = 0.75 + 0.05 * (STEPS - 1) / STEPS  # train, optimizer, publish, and what follows but once
+    between = (
+        0.75 + 0.05 * (STEPS - 1) / STEPS
+    )  # train, optimizer, publish, and what follows but once
     assert decode.overlap == pytest.approx(between / 0.9)
     assert train.alone_s is not None
     assert train.shared_s == pytest.approx(1.5 * train.alone_s)
