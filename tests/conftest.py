@@ -20,7 +20,7 @@ import hypothesis
 import jax
 import pytest
 
-# The same examples in every run, so that a change and not a draw decides; HYPOTHESIS_PROFILE=default draws anew.
+# The same examples in every run: a change decides, not a draw. HYPOTHESIS_PROFILE=default draws anew.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
