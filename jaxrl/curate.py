@@ -33,13 +33,7 @@ from rich.table import Table
 from jaxrl import build, evaluate
 from jaxrl.cli import user_errors
 from jaxrl.config import Config
-from jaxrl.devices import (
-    keep_freed_memory,
-    make_meshes,
-    prefer_wide_vectors,
-    remember_programs,
-    simulate_cpu_devices,
-)
+from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.observe import Observer
 from jaxrl.prompts import encode_prompt
@@ -148,9 +142,7 @@ def grade_all(
     known = read_grades(log, header)
     todo = [n for n, problem in enumerate(problems) if problem.id not in known]
     if todo:
-        prefer_wide_vectors()
-        simulate_cpu_devices(config.mesh.devices)
-        remember_programs()
+        start_devices(config.mesh.devices)
         learner_mesh, rollout_mesh = make_meshes(config.mesh)
         keep_freed_memory()
         with ExitStack() as stack:

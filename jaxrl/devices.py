@@ -42,6 +42,18 @@ _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
+def start_devices(count: int) -> None:
+    """What every program does before jax starts: `count` devices also on a CPU, code for its widest
+    vectors, compiled programs kept.
+
+    Raises:
+        UserError: as `simulate_cpu_devices`.
+    """
+    prefer_wide_vectors()
+    simulate_cpu_devices(count)
+    remember_programs()
+
+
 def prefer_wide_vectors() -> None:
     """Let XLA compile for all 512 bits of a CPU's vectors, where it has them and nobody said otherwise.
 

@@ -23,7 +23,7 @@ from jaxrl import build
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import load_config, resolve_config, user_errors
 from jaxrl.config import Config, TaskName
-from jaxrl.devices import keep_freed_memory, make_meshes, remember_programs, simulate_cpu_devices
+from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluation
 from jaxrl.observe import Observer
@@ -99,8 +99,7 @@ def _write(result: dict[str, object], out: Path) -> None:
 
 def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
     """Sample the split with the weights that `args` names."""
-    simulate_cpu_devices(config.mesh.devices)
-    remember_programs()
+    start_devices(config.mesh.devices)
     subject = build.make_subject(config)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
     keep_freed_memory()

@@ -36,13 +36,7 @@ from jaxrl.algorithms.preference import PreferenceLoss, preference_loss
 from jaxrl.checkpoint import FIRST_STEP, Checkpoints
 from jaxrl.cli import config_yaml, parse_args, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import (
-    keep_freed_memory,
-    make_meshes,
-    prefer_wide_vectors,
-    remember_programs,
-    simulate_cpu_devices,
-)
+from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
@@ -82,9 +76,7 @@ def run(config: Config, argv: Sequence[str], *, dry_run: bool = False) -> None:
             "preference.path names no pairs; set --preference.path to a file of one JSON object per line: "
             '{"prompt", "chosen", "rejected"}'
         )
-    prefer_wide_vectors()
-    simulate_cpu_devices(config.mesh.devices)
-    remember_programs()
+    start_devices(config.mesh.devices)
     subject = build.make_subject(config)
     pairs = read_pairs(
         config.preference.path, subject.tokenizer, longest=config.train.row_tokens,

@@ -34,13 +34,7 @@ from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import ParsedArgs, parse_args, user_errors
 from jaxrl.config import Config
 from jaxrl.curricula import Curricula, make_curricula, make_rollout, plan_curricula
-from jaxrl.devices import (
-    keep_freed_memory,
-    make_meshes,
-    prefer_wide_vectors,
-    remember_programs,
-    simulate_cpu_devices,
-)
+from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
@@ -82,9 +76,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
         return
     config = parsed.config
     _check_nothing_offline(config)
-    prefer_wide_vectors()
-    simulate_cpu_devices(config.mesh.devices)
-    remember_programs()
+    start_devices(config.mesh.devices)
     subject = build.make_subject(config)
     stream = build.make_stream(config, subject)
     keep_freed_memory()

@@ -1,7 +1,7 @@
 """A decoder small enough to compile in a second, and what runs on it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,13 @@ from jaxrl.config import (
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.sharding import init_sharded, make_mesh
+
+
+@pytest.fixture
+def optax_promotes() -> Iterator[None]:
+    """optax raises floats to integer counts, which strict promotion forbids; the sampler stays strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="session")

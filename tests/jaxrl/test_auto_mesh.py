@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -177,13 +177,6 @@ def test_the_plan_counts_the_passes_of_every_algorithm(name: str) -> None:
     seen = settings.settings_from(dataclasses.asdict(config))
     assert seen.scoring_passes == config.grpo.scoring_passes
     assert seen.updates_per_step == config.grpo.updates_per_step
-
-
-@pytest.fixture
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.usefixtures("optax_promotes")

@@ -27,11 +27,7 @@ LEARNT = ("actor/grad_norm", "actor/pg_loss", "actor/entropy", "mismatch/kl_mean
 """Curves that any change of weights, samples or order would move."""
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids; the sampler stays strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(autouse=True)

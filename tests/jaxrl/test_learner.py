@@ -1,6 +1,6 @@
 """The learner: what splitting, padding, packing and sharding must not change; bad gradients; tracing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,7 @@ SAME_SUM_RTOL = 2e-4
 """float32 gradients of the same sum in another order, relative to their norm."""
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def make_learner(

@@ -1,7 +1,6 @@
 """Training an adapter: the base has no gradient, no optimizer state, no second copy, and is sent once."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -27,11 +26,7 @@ SAME_LOSS_RTOL = 1e-5  # float32 sums of the same terms in another order
 COUNTERS = 64  # bytes that steps and counts may take
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture(scope="module")

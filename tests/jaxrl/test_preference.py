@@ -206,13 +206,7 @@ def pairs_config(tiny_config: Callable[..., Config], tmp_path: Path) -> Callable
     return make
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes():
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    import jax  # noqa: PLC0415
-
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def curves(config: Config) -> list[dict[str, float]]:

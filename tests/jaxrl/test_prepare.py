@@ -1,7 +1,5 @@
 """Learner and preparation together: minibatches, scores, critic, refreshed reference, adapted KL."""
 
-from collections.abc import Iterator
-
 import jax
 import numpy as np
 import pytest
@@ -32,11 +30,7 @@ def small_model() -> ModelConfig:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def _learner(model: ModelConfig, grpo: GrpoConfig, *, devices: int = 1) -> Learner:

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -33,11 +32,7 @@ ROWS = [{"question": f"What is {i}+{i}?", "answer": f"#### {2 * i}"} for i in ra
 VOCAB = 300
 
 
-@pytest.fixture(autouse=True)
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids; the sampler stays strict."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """Calibration with a run's own lanes: every phase alone and beside the other lane, rewards that are coins."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jax
 import pytest
 
 from jaxrl import build, trial
@@ -52,13 +51,6 @@ def test_a_task_that_is_verified_apart_stays_so() -> None:
     assert isinstance(wrapped, IsolatedTask)
     wrapped.load_verifier()
     assert task.loaded
-
-
-@pytest.fixture
-def optax_promotes() -> Iterator[None]:
-    """optax raises floats to integer counts, which strict promotion forbids."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @pytest.mark.usefixtures("optax_promotes")
