@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/presets"))
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
-    made = record.provenance()
+    made = record.provenance(timed=False)
     found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in options.only}
     failed = False
     for seed in range(options.first_seed, options.first_seed + options.seeds):

@@ -27,12 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = parser.parse_args(argv).run
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     summary = {key: value for key, value in summary.items() if key != "config"}
-    made = record.provenance()
-    for key in (
-        "load_before",
-        "machine_was_busy",
-    ):  # of now, after the run: they say nothing about it
-        del made[key]
+    made = record.provenance(timed=False)  # the times were measured by the run, not now
     content = {"provenance": made, "summary": summary, "phases": _phases(run)}
     record.write("quickstart", content, block(content))
     text = README.read_text(encoding="utf-8")

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import statistics
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxrl.telemetry.summary import package_versions
-from roofline.machine import host_memory_bytes, processor, usable_cores
+from roofline.machine import busy_core_s, host_memory_bytes, processor, usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-BUSY_LOAD = 0.5
-"""Load average of other programs above which timings are marked as taken on a busy machine."""
+WATCHED_S = 2.0
+"""Time before the measurement in which this process rests and others are watched [s]."""
+MOST_OTHERS = 0.1
+"""Share of the cores above which other programs mark the timings as taken on a busy machine."""
 
 
-def provenance(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Date, machine, software and commit; call it before the measurement starts."""
-    load = os.getloadavg()[0]
+def provenance(versions: Mapping[str, str] | None = None, *, timed: bool = True) -> dict[str, Any]:
+    """Date, machine, software and commit; call it before the measurement starts.
+
+    `timed`: the result holds times or rates, which another program on the machine would spoil; then
+    others are watched for WATCHED_S first.
+    """
+    others = _others() if timed else 0.0
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": processor(),
@@ -30,9 +36,19 @@ def provenance(versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         "memory_gib": round(host_memory_bytes() / 2**30, 1),
         "commit": _commit(),
         "versions": {**package_versions(), **(versions or {})},
-        "load_before": round(load, 2),
-        "machine_was_busy": load > BUSY_LOAD,
+        "others_before": round(others, 3),
+        "machine_was_busy": others > MOST_OTHERS,
     }
+
+
+def _others() -> float:
+    """Share of the usable cores that other programs take, this process resting; 0 if unknown."""
+    before = busy_core_s()
+    time.sleep(WATCHED_S)
+    after = busy_core_s()
+    if before is None or after is None:
+        return 0.0
+    return (after - before) / (WATCHED_S * usable_cores())
 
 
 def _commit() -> str:
