@@ -21,7 +21,6 @@ from benchmarks.gpu.report import foot, models, peer_rows, targets
 from benchmarks.gpu.store import load_results
 from jaxrl.attention import TABLE
 
-README = record.ROOT / "README.md"
 START, END = "<!-- gpu:start -->\n", "<!-- gpu:end -->"
 SHOWN = ("decode", "prefill", "score", "train", "optimizer", "publish", "rollout", "grpo")
 HEAD = ["model", "phase", "bound ms", "predicted ms", "measured ms", "of bound", "MFU", "tokens/s"]
@@ -31,15 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write the table into README."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_table")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--readme", type=Path, default=record.README)
     parser.add_argument("--attention", type=Path, default=TABLE)
     options = parser.parse_args(argv)
-    text = options.readme.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        sys.exit(
-            f"{options.readme.name} lacks the lines {START.strip()} and {END}; add them where the table "
-            "shall stand"
-        )
     newest = {r["provenance"]["device"]: r for r in load_results(options.results)}
     if not newest:
         sys.exit(
@@ -47,10 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     programs = attention_table(newest.values())
     options.attention.write_text(json.dumps(programs, indent=1) + "\n", encoding="utf-8")
-    before, rest = text.split(START)
     made = "\n".join(block(content) for content in newest.values())
-    options.readme.write_text(before + START + made + END + rest.split(END)[1], encoding="utf-8")
-    print(made)
+    record.put_into_readme(START, END, made, options.readme)
 
 
 def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

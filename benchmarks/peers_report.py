@@ -115,7 +115,10 @@ def report(content: Mapping[str, Any]) -> str:
          f"{systems[name]['peak_bytes'] / 2**30:.2f}"]
         for name in sorted(systems, key=lambda n: -_key(systems[n]))
     ]  # fmt: skip
-    ratios = "\n".join(_ratios(systems))
+    beside = "\n".join(
+        f"- {what}: jaxrl {ratio:.2f} times as good as the best other ({best})"
+        for what, ratio, best in ratios(systems)
+    )
     how = "\n".join(f"- {name}: {text}" for name, text in content["tail_mechanism"].items())
     return (
         f"# jaxrl beside other systems: {facts['parameters'] / 1e6:.2f}M parameters, float32, "
@@ -124,7 +127,7 @@ def report(content: Mapping[str, Any]) -> str:
         f"{', '.join(content['same_greedy_tokens'])}. Median (min to max) of interleaved rounds; "
         f"start, loading and compilation excluded. Memory: most that the process ever held, "
         f"compilation included."
-        f"\n\n{table(head, rows)}\n\n{ratios}\n\n"
+        f"\n\n{table(head, rows)}\n\n{beside}\n\n"
         f"Rollout: {facts['fixed']}, sampling at temperature 1, no end token; {facts['rollout_tokens']} "
         f"generated tokens, prefill included. Train step: GRPO loss and AdamW over "
         f"{facts['train_tokens']} tokens in micro-batches of {facts['microbatch_sequences']} sequences "
@@ -147,23 +150,22 @@ RATIOS = (
 """What jaxrl is compared in: name, key, whether less is better."""
 
 
-def _ratios(systems: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line per measure: jaxrl against the best of the others; above 1 is better than they are."""
+def ratios(systems: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, float, str]]:
+    """Per measure: its name, how many times as good jaxrl is as the best other, and which that is."""
 
     def value(name: str, key: str) -> float:
         found = systems[name][key]
         return found["median"] if isinstance(found, Mapping) else found
 
-    lines = []
+    found = []
     for what, key, less in RATIOS:
         others = [n for n, s in systems.items() if n != "jaxrl" and key in s]
         if not others or key not in systems.get("jaxrl", {}):
             continue
         best = (min if less else max)(others, key=lambda name: value(name, key))
         ours, theirs = value("jaxrl", key), value(best, key)
-        ratio = theirs / ours if less else ours / theirs
-        lines.append(f"- {what}: jaxrl {ratio:.2f} times as good as the best other ({best})")
-    return lines
+        found.append((what, theirs / ours if less else ours / theirs, best))
+    return found
 
 
 def _key(system: Mapping[str, Any]) -> float:

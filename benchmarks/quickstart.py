@@ -15,7 +15,6 @@ from benchmarks import record
 from roofline.analyse import phase_rows
 from roofline.read_run import read_run
 
-README = record.ROOT / "README.md"
 START, END = "<!-- results:start -->\n", "<!-- results:end -->"
 SHOWN = ("decode", "train", "prefill", "optimizer", "publish")
 
@@ -30,9 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = record.provenance(timed=False)  # the times were measured by the run, not now
     content = {"provenance": made, "summary": summary, "phases": _phases(run)}
     record.write("quickstart", content, block(content))
-    text = README.read_text(encoding="utf-8")
-    before, rest = text.split(START)
-    README.write_text(before + START + block(content) + END + rest.split(END)[1], encoding="utf-8")
+    record.put_into_readme(START, END, block(content))
 
 
 def _phases(run: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import datetime
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from roofline.machine import busy_core_s, host_memory_bytes, processor, usable_c
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
+README = ROOT / "README.md"
 WATCHED_S = 2.0
 """Time before the measurement in which this process rests and others are watched [s]."""
 MOST_OTHERS = 0.1
@@ -109,3 +111,19 @@ def write(name: str, content: Mapping[str, Any], markdown: str, folder: Path = R
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
     (folder / f"{name}.md").write_text(f"{markdown}\n\n{foot}", encoding="utf-8")
     print(f"{markdown}\n\n{foot}")
+
+
+def put_into_readme(start: str, end: str, block: str, readme: Path = README) -> None:
+    """Replace what stands between two comment lines of README, and print it.
+
+    Raises: SystemExit if README lacks the lines.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if start not in text or end not in text:
+        sys.exit(
+            f"{readme.name} lacks the lines {start.strip()} and {end}; add them where the table "
+            "shall stand"
+        )
+    before, rest = text.split(start)
+    readme.write_text(before + start + block + end + rest.split(end)[1], encoding="utf-8")
+    print(block)

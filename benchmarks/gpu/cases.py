@@ -40,8 +40,8 @@ class Case:
     peer: Peer = ""
     """peers: what transformers and PyTorch do."""
     attention: str = ""
-    """decode, prefill, score, train: the program of attention (`models.attention`); empty: that of an
-    unmeasured device, xla, and in decode on a CPU blocks."""
+    """decode, prefill, score, train: the program of attention (`models.attention`); empty: xla, and in
+    decode on a CPU blocks. Whole steps (rollout, grpo) take what model.attention=auto would."""
     cache_dtype: str = ""
     """decode: type of the cache as rollout.cache_dtype names it; empty: the compute dtype."""
 

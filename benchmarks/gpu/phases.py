@@ -29,9 +29,10 @@ from jaxrl.packing import TrainSequence, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.types import Snapshot
 from jaxrl.weights import WeightStore
-from models.attention import DecodeAttention, RowAttention
+from models.attention import DecodeAttention, decode_by_structure, rows_by_structure
 from models.config import ModelConfig
 from models.decoder import Decoder, prefill
+from models.rows import RowAttention
 from models.sharding import init_sharded, make_mesh
 from roofline import cost
 from roofline.kernels import Layout, stored_in
@@ -94,7 +95,12 @@ class Bench:
     @property
     def unmeasured_program(self) -> str:
         """What it would take on a device without measurements."""
-        return "blocks" if self.mesh.devices.flat[0].platform == "cpu" else "xla"
+        return decode_by_structure(self.mesh.devices.flat[0])
+
+    @property
+    def row_program(self) -> RowAttention:
+        """What `model.attention=auto` takes on a device without measurements."""
+        return rows_by_structure(self.mesh.devices.flat[0], self.dtype, self.model.head_size)
 
     def engine(
         self, *, slots: int, prompt_tokens: int, new_tokens: int, observer: Observer,
@@ -109,7 +115,9 @@ class Bench:
             max_new_tokens=new_tokens, chunk_steps=self.scale.chunk_steps,
             refill_cost_steps=RolloutConfig().refill_cost_steps, num_stop_ids=1, dtype=self.dtype,
             seed=0, observer=observer, cache_dtype=stored,
-            programs=Programs(decode=cast("DecodeAttention", program)),
+            programs=Programs(
+                prompts=self.row_program, decode=cast("DecodeAttention", program)
+            ),
         )  # fmt: skip
 
     def learner(self, observer: Observer, *, remat: bool, attention: str = "") -> Learner:
@@ -129,7 +137,7 @@ class Bench:
         """How the learner runs the model."""
         return ForwardSettings(
             dtype=self.dtype, temperature=1.0, chunk_tokens=self.scale.chunk_tokens, remat=remat,
-            attention=cast("RowAttention", attention or "xla"),
+            attention=cast("RowAttention", attention or self.row_program),
         )  # fmt: skip
 
     def store(self) -> WeightStore:
@@ -281,7 +289,7 @@ def prefill_case(bench: Bench, case: Case) -> Prepared:
 
 def score_case(bench: Bench, case: Case) -> Prepared:
     """Log-probabilities of one packed micro-batch under the learner's float32 parameters."""
-    forward = bench.forward(remat=False, attention=case.attention)
+    forward = bench.forward(remat=False, attention=case.attention or "xla")
     program = jax.jit(lambda policy, batch: score(policy, batch, forward)[0])
     batch = jax.device_put(bench.batch(case.rows, case.tokens))
     work = cost.score(
@@ -332,7 +340,9 @@ def optimizer_case(bench: Bench, case: Case) -> Prepared:
 def _learner_phase(bench: Bench, case: Case, phase: Phase) -> Callable[[], list[float]]:
     """One optimizer step on one micro-batch; the seconds of one phase of it."""
     watch = Stopwatch()
-    learner = bench.learner(watch, remat=case.remat == "block", attention=case.attention)
+    learner = bench.learner(
+        watch, remat=case.remat == "block", attention=case.attention or "xla"
+    )
     batch = bench.batch(case.rows, case.tokens)
 
     def once() -> list[float]:
