@@ -50,7 +50,7 @@ def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict
     model = next(iter(GPU.models))
     cases = [
         case for case in GPU.cases()
-        if case.model == model and not case.cache_dtype
+        if case.model == model and not case.cache_dtype and not case.shares
         and (case.kind == "decode" or (case.kind == "train" and case.remat == "block"))
     ]  # fmt: skip
     table: dict[str, list[dict[str, Any]]] = {}

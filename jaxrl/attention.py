@@ -2,8 +2,9 @@
 
 `attention_measured.json` beside this file holds the medians of `benchmarks/gpu_suite.py`, written by
 `python -m benchmarks.gpu_table`: {device kind: [{phase, rows, tokens, seconds: {program: s}}]}. `auto` takes
-the fastest program at the nearest measured shape; on a device without measurements the products of xla, on
-a CPU those over key blocks.
+the fastest program at the nearest measured shape; on a device without measurements what its structure says
+(`models.attention`): cuDNN's kernels for packed rows where they accept them, else products of xla, on a CPU in
+blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Any, Literal, cast
 import jax.numpy as jnp
 
 from jaxrl.config import Config, RolloutConfig
-from models.attention import DecodeAttention, RowAttention
+from models.attention import DecodeAttention, decode_by_structure, rows_by_structure
+from models.config import ModelConfig
+from models.rows import RowAttention
 
 TABLE = Path(__file__).with_name("attention_measured.json")
 Phase = Literal["train", "decode"]
@@ -30,9 +33,9 @@ Table = Mapping[str, Sequence[Mapping[str, Any]]]
 class Programs:
     """The programs of one run on one kind of device."""
 
-    train: RowAttention = "xla"
+    train: RowAttention = "blocks"
     """Training and scoring."""
-    prompts: RowAttention = "xla"
+    prompts: RowAttention = "blocks"
     """Prefill."""
     decode: DecodeAttention = "blocks"
 
@@ -67,29 +70,32 @@ def fastest(
     return min(seconds, key=lambda program: seconds[program])
 
 
-def choose_programs(config: Config, device: Any, table: Table | None = None) -> Programs:
-    """The programs of a run on `device`; `table`: None, the one that comes with this version."""
+def choose_programs(
+    config: Config, device: Any, shape: ModelConfig, table: Table | None = None
+) -> Programs:
+    """The programs of a run of a model of that shape on `device`; `table`: None, the one that comes with
+    this version."""
     table = measured() if table is None else table
     model, rollout, train = config.model, config.rollout, config.train
     half = model.dtype == "bfloat16"
     plain = rollout.stored_dtype(model.dtype) == model.dtype
-    on_cpu = device.platform == "cpu"
+    shared = train.shared_prompts is not None
     rows, decode = model.attention, rollout.attention
     if rows == "auto":
         allowed = ["xla", *(["cudnn"] if half else []), "pallas"]
         at = (train.rows_per_microbatch, train.row_tokens)
-        rows = fastest(table, device.device_kind, "train", *at, allowed) or "xla"
+        found = fastest(table, device.device_kind, "train", *at, allowed)
+        rows = found or rows_by_structure(device, model.dtype, shape.head_size)
     if decode == "auto":
-        allowed = ["blocks", "xla", *(["pallas"] if plain else [])]
-        allowed += ["cudnn"] if half and plain else []
+        alone = plain and not rollout.shared_prefix  # kernels read a cache of one piece
+        allowed = ["blocks", "xla", *(["pallas"] if alone else [])]
+        allowed += ["cudnn"] if half and alone else []
         at = (rollout.slots, rollout.max_prompt_tokens + rollout.max_new_tokens)
         found = fastest(table, device.device_kind, "decode", *at, allowed)
-        decode = found or ("blocks" if on_cpu else "xla")
+        decode = found or decode_by_structure(device)
     chosen = cast("RowAttention", rows)
-    shared = train.shared_prompts is not None
-    return Programs(
-        train="xla" if shared else chosen, prompts=chosen, decode=cast("DecodeAttention", decode)
-    )
+    in_rows: RowAttention = "xla" if shared and chosen != "blocks" else chosen
+    return Programs(train=in_rows, prompts=chosen, decode=cast("DecodeAttention", decode))
 
 
 def cache_dtype(config: Config) -> jnp.dtype:

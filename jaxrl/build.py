@@ -30,6 +30,7 @@ from jaxrl.rollout.engine import RolloutEngine, SamplingParams
 from jaxrl.rollout.probes import ProbeSettings
 from jaxrl.rollout.worker import RolloutWorker, Stages
 from jaxrl.tasks import Task, make_task
+from jaxrl.tasks.files import FileTask
 from jaxrl.tokenizer import Tokenizer
 from jaxrl.types import Problem
 from jaxrl.weights import WeightStore
@@ -88,13 +89,13 @@ def make_learner_at(
             learning_rate=config.grpo.critic_learning_rate, max_grad_norm=train.max_grad_norm
         )
     return Learner(
-        model, mesh, policy, optimizer, forward=forward_settings(config, mesh), grpo=config.grpo,
+        model, mesh, policy, optimizer, forward=forward_settings(config, mesh, model), grpo=config.grpo,
         max_nonfinite_steps=train.max_nonfinite_steps, observer=observer,
         critic_optimizer=critic_optimizer,
     )  # fmt: skip
 
 
-def forward_settings(config: Config, mesh: Mesh) -> ForwardSettings:
+def forward_settings(config: Config, mesh: Mesh, model: ModelConfig) -> ForwardSettings:
     """How the learner runs the model: in the temperature that samples are drawn at."""
     return ForwardSettings(
         dtype=jnp.dtype(config.model.dtype),
@@ -102,7 +103,7 @@ def forward_settings(config: Config, mesh: Mesh) -> ForwardSettings:
         chunk_tokens=config.train.logprob_chunk_tokens,
         remat=config.model.remat == "block",
         shared=config.train.shared_prompts,
-        attention=choose_programs(config, mesh.devices.flat[0]).train,
+        attention=choose_programs(config, mesh.devices.flat[0], model).train,
     )
 
 
@@ -135,7 +136,9 @@ def make_engine(config: Config, subject: Writer, mesh: Mesh, observer: Observer)
         refill_cost_steps=rollout.refill_cost_steps,
         num_stop_ids=len(subject.tokenizer.stop_ids), dtype=jnp.dtype(config.model.dtype),
         seed=config.run.seed, kv_on_swap=rollout.kv_on_swap, observer=observer,
-        cache_dtype=cache_dtype(config), programs=choose_programs(config, mesh.devices.flat[0]),
+        cache_dtype=cache_dtype(config),
+        programs=choose_programs(config, mesh.devices.flat[0], subject.model),
+        prefixes=rollout.prefixes(config.grpo.samples_per_prompt),
     )  # fmt: skip
 
 
@@ -186,6 +189,20 @@ def make_stream(config: Config, subject: Subject) -> PromptStream:
     return PromptStream(
         subject.task.problems("train"), subject.tokenizer, config.run.seed, longest, subject.add_bos
     )
+
+
+def problem_rows(config: Config, subject: Subject) -> list[tuple[str, str, str]]:
+    """The plan's row on problems: how many train, how many are held out, what is left out."""
+    task, limit = subject.task, config.task.num_train
+    count = len(task.problems("train"))
+    during, around = held_out(config, subject)
+    said = [
+        f"to train; {len(during)} held out for during the run, {len(around)} for before and after"
+    ]
+    said += [f"task.num_train={limit} allows no more"] if count == limit else []
+    if isinstance(task, FileTask) and task.num_repeated:
+        said.append(f"{task.num_repeated} rows that repeat a problem are left out")
+    return [("problems", f"{count:,}", "; ".join(said))]
 
 
 def encode_solutions(

@@ -96,11 +96,18 @@ def parse_args(
     argv = _with_auto_mesh(argv)
     name, algorithm = _file_word(argv, "--config"), _file_word(argv, "--algorithm")
     base = Config() if name is None else load_config(resolve_config(name))
+    of_file: list[str] = []
     if algorithm is not None:
-        base, _ = load_algorithm(resolve_config(algorithm, "--algorithm"), base)
+        path = resolve_config(algorithm, "--algorithm")
+        load_algorithm(path, Config())  # what is wrong in the file itself is said of the file
+        of_file = [*_flatten(_algorithm(path, base)[0])]
+        base = dataclasses.replace(base, grpo=GrpoConfig())
     words = tyro.cli(
         _Words,
-        args=[_spelled(word) for word in argv],
+        args=[
+            *of_file,
+            *map(_spelled, argv),
+        ],  # in one go: the command line may mend a contradiction
         default=_Words(config=name, algorithm=algorithm, settings=base),
         prog=prog,
         description=description,
@@ -210,6 +217,12 @@ def load_algorithm(path: Path, base: Config) -> tuple[Config, About]:
     Raises:
         UserError: as `load_config`; `about` is missing or incomplete.
     """
+    tree, about = _algorithm(path, base)
+    return _parsed(tree, path, dataclasses.replace(base, grpo=GrpoConfig())), about
+
+
+def _algorithm(path: Path, base: Config) -> tuple[Mapping[Any, Any], About]:
+    """The sections of the algorithm's file, with the batch of `base`."""
     tree = dict(_read(path))
     about = tree.pop("about", None)
     keys = {item.name for item in dataclasses.fields(About)}
@@ -217,10 +230,9 @@ def load_algorithm(path: Path, base: Config) -> tuple[Config, About]:
         raise UserError(
             f"{path} is no algorithm: it needs a section 'about' with exactly {', '.join(sorted(keys))}"
         )
-    batch = base.grpo
-    fresh = GrpoConfig(prompts_per_step=batch.prompts_per_step, group_size=batch.group_size)
-    config = _parsed(tree, path, dataclasses.replace(base, grpo=fresh))
-    return config, About(source=str(about["source"]), departures=str(about["departures"]))
+    batch = {"prompts_per_step": base.grpo.prompts_per_step, "group_size": base.grpo.group_size}
+    tree["grpo"] = {**batch, **(tree.get("grpo") or {})}
+    return tree, About(source=str(about["source"]), departures=str(about["departures"]))
 
 
 def _read(path: Path) -> Mapping[Any, Any]:

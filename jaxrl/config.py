@@ -21,7 +21,7 @@ from jaxrl.sections import (
     SftConfig,
     ShapingConfig,
 )
-from models.rows import SharedPrompts
+from models.rows import PrefixRows, SharedPrompts
 
 
 def _check(holds: bool, message: str) -> None:
@@ -78,8 +78,9 @@ class ModelOptions:
     """Compute dtype; parameters and optimizer state on the learner are float32."""
     remat: Literal["none", "block"] = "none"
     """What backward recomputes: nothing, or each layer."""
-    attention: Literal["auto", "xla", "cudnn", "pallas"] = "auto"
-    """Program of attention in training, scoring and prefill; auto: the fastest one measured on the device."""
+    attention: Literal["auto", "blocks", "xla", "cudnn", "pallas"] = "auto"
+    """Program of attention in training, scoring and prefill; auto: the fastest one measured on the device, else
+    cudnn where it accepts the rows, xla on other GPUs, blocks on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +125,9 @@ class TaskConfig:
     """Verifier processes; 0 verifies in the rollout thread."""
     reward_timeout_s: float = 15.0
     """Longest a single verification may take [s]; past it the reward is 0 and the case is counted."""
+    reward_memory_gib: float = 8.0
+    """Most memory that your own verifier may allocate in its process [GiB]; past it Python raises MemoryError,
+    an error like any other. math and code have limits of their own."""
     reward_latency_s: float = 0.0
     """Added to each verification [s]: stands in for a slow verifier in experiments."""
 
@@ -221,10 +225,19 @@ class RolloutConfig:
     """Most optimizer steps between the oldest token of a sample and the weights it trains; 0 is synchronous."""
     kv_on_swap: Literal["keep", "recompute"] = "keep"
     """What happens to cached keys and values of unfinished samples when the weights change."""
+    shared_prefix: int = 0
+    """Prompts whose keys and values are held once for all slots that sample them, exactly; a prompt waits while
+    all are read. Usual: 2 * slots / group_size. 0: each slot holds a copy."""
     attention: Literal["auto", "blocks", "xla", "cudnn", "pallas"] = "auto"
     """Program of attention in decoding; blocks: products over key blocks, for a CPU; auto: as in model."""
     cache_dtype: Literal["auto", "bfloat16", "float32", "int8", "float8_e4m3"] = "auto"
     """Type of cached keys and values; auto: model.dtype. 8 bits stand beside a scale per head and token."""
+
+    def prefixes(self, group: int) -> PrefixRows | None:
+        """The shared prompts, each for up to `group` slots; None: there are none."""
+        if not self.shared_prefix:
+            return None
+        return PrefixRows(rows=self.shared_prefix, lanes=group, tokens=self.max_prompt_tokens)
 
     def stored_dtype(self, compute: str) -> str:
         """Type of cached keys and values where the model computes in `compute`."""

@@ -18,11 +18,20 @@ def _check(holds: bool, message: str) -> None:
 def check_consistency(config: Config) -> None:
     """Raises: UserError for the first contradiction."""
     filtered = config.rollout.top_p < 1 or config.rollout.top_k > 0
+    grpo = config.grpo
+    to_sampler = (
+        grpo.ratio_from == "sampler" or grpo.correction != "none" or grpo.sequence_mask != "none"
+    )
     _check(
-        not filtered or config.grpo.ratio_from == "learner",
+        not filtered or not to_sampler,
         f"rollout.top_p={config.rollout.top_p} and rollout.top_k={config.rollout.top_k} renormalise what "
         "is sampled from, which the learner does not, so a ratio to the sampler would be wrong; set "
-        "grpo.ratio_from=learner, or top_p=1 and top_k=0",
+        "grpo.ratio_from=learner with grpo.correction=none and grpo.sequence_mask=none, or top_p=1 and top_k=0",
+    )
+    _check(
+        grpo.overlong_buffer <= config.rollout.max_new_tokens,
+        f"grpo.overlong_buffer={grpo.overlong_buffer} is longer than the longest completion, "
+        f"rollout.max_new_tokens={config.rollout.max_new_tokens}; set it to 0 for a fifth of that",
     )
     _check(
         config.grpo.reward_from != "majority"
@@ -37,9 +46,9 @@ def check_consistency(config: Config) -> None:
         reward_from=config.grpo.reward_from,
     )  # fmt: skip
     _check(
-        config.task.shaping.kind == "verifier" or config.grpo.length_reward != "soft_overlong",
-        "task.shaping.kind=magistral and grpo.length_reward=soft_overlong both take off for length; set "
-        "grpo.length_reward=none",
+        config.task.shaping.kind == "verifier" or grpo.length_reward == "none",
+        f"task.shaping.kind=magistral and grpo.length_reward={grpo.length_reward} both take off for length; "
+        "set grpo.length_reward=none",
     )
     _check(
         config.lora.rank == 0 or config.grpo.advantage_baseline != "value",
@@ -58,6 +67,7 @@ def check_consistency(config: Config) -> None:
         f"rollout.max_new_tokens = {longest}; set train.row_tokens to at least {longest}",
     )
     _check_rows(config)
+    _check_prefixes(config)
     _check_attention(config)
 
 
@@ -90,6 +100,26 @@ def _check_rows(config: Config) -> None:
     )
 
 
+def _check_prefixes(config: Config) -> None:
+    """Shared prompts keep all slots busy, lie on the slots' devices, and are read by a program that can."""
+    rollout, parts = config.rollout, config.mesh.rollout_data
+    rows, group = rollout.shared_prefix, config.grpo.samples_per_prompt
+    if not rows:
+        return
+    least = parts * -(-rollout.slots // (group * parts))
+    _check(
+        rows >= least and rows % parts == 0,
+        f"rollout.shared_prefix={rows} prompts for {group} slots each must cover rollout.slots="
+        f"{rollout.slots} and come out equal on mesh.rollout_data={parts} devices; use a multiple of {parts} "
+        f"from {least} on, such as {2 * least}, or 0",
+    )
+    _check(
+        rollout.attention in ("auto", "blocks", "xla"),
+        f"rollout.attention={rollout.attention} knows no shared prompts; set it to auto, or "
+        "rollout.shared_prefix=0",
+    )
+
+
 def _check_attention(config: Config) -> None:
     """cuDNN and the decode kernels take what they are made for."""
     model, rollout = config.model, config.rollout
@@ -100,7 +130,7 @@ def _check_attention(config: Config) -> None:
             f"model.dtype=bfloat16, or {name}.attention=auto",
         )
     _check(
-        config.train.shared_prompts is None or model.attention in ("auto", "xla"),
+        config.train.shared_prompts is None or model.attention in ("auto", "blocks", "xla"),
         f"model.attention={model.attention} knows no rows with shared prompts; set model.attention=xla, or "
         "train.shared_prompt_tokens=0",
     )

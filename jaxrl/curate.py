@@ -21,7 +21,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             temperature=args.temperature,
         )  # fmt: skip
         config = evaluate.config_of(which)
+        if (
+            args.run is not None
+        ):  # a run that trains on meanwhile must not change the policy that grades
+            which = replace(which, checkpoint=str(evaluate.step_of(config, which)))
         console = make_console()
         subject = build.make_subject(config)
         problems = _problems(subject, args.split)
@@ -334,9 +338,10 @@ def read_grades(log: Path, header: Mapping[str, Any] | None) -> dict[int, Grade]
     differing = [] if header is None else [k for k in header if header[k] != stored.get(k)]
     if differing:
         key = differing[0]
+        step = " name the run's step with --checkpoint," if key == "weights" else ""
         raise UserError(
-            f"{log} was made with {key}={stored.get(key)}, but this start has {key}={(header or {})[key]}; "
-            "choose another --out, or remove that file"
+            f"{log} was made with {key}={stored.get(key)}, but this start has {key}={(header or {})[key]};"
+            f"{step} choose another --out, or remove that file"
         )
     if header is not None:
         partial = log.with_name(log.name + ".partial")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,13 +14,9 @@ from jax.sharding import Mesh
 from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
-from roofline.machine import cache_folder
+from roofline import machine
+from roofline.machine import cache_folder, prefer_wide_vectors
 
-_MALLOC_OPTIONS = (
-    (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own
-    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
-    (-8, 1),  # M_ARENA_MAX: one heap, since only the first may grow without limit
-)
 MOST_DEVICES = 256
 """No node has more accelerators, and a CPU that poses as more takes minutes and gigabytes to start."""
 _CUDA = ("gpu", "cuda")
@@ -38,7 +31,6 @@ _TRAIN_ON_CUDA = {
     "xla_gpu_enable_pipelined_all_gather": True,
 }
 """docs.nvidia.com/jax-toolbox, performance-profiling/gpu-performance."""
-_VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -52,16 +44,6 @@ def start_devices(count: int) -> None:
     prefer_wide_vectors()
     simulate_cpu_devices(count)
     remember_programs()
-
-
-def prefer_wide_vectors() -> None:
-    """Let XLA compile for all 512 bits of a CPU's vectors, where it has them and nobody said otherwise.
-
-    Its own choice is 256 bits (benchmarks/LOG.md). Call before jax starts; without effect on accelerators.
-    """
-    flags, processor = os.environ.get("XLA_FLAGS", ""), Path("/proc/cpuinfo")
-    if _VECTOR_FLAG not in flags and processor.exists() and " avx512f " in processor.read_text():
-        os.environ["XLA_FLAGS"] = f"{flags} {_VECTOR_FLAG}=512"
 
 
 def simulate_cpu_devices(count: int) -> None:
@@ -92,16 +74,8 @@ def remember_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU with glibc, let the process keep freed memory instead of giving it back to the system.
-
-    XLA allocates the temporaries of every call anew; as fresh pages they fault one by one, which takes a
-    third of a training step (benchmarks/LOG.md). Call after jax has started; elsewhere it does nothing.
-    """
-    if jax.default_backend() != "cpu" or platform.libc_ver()[0] != "glibc":
-        return
-    glibc = ctypes.CDLL(None)
-    for option, value in _MALLOC_OPTIONS:
-        glibc.mallopt(option, value)
+    """`roofline.machine.keep_freed_memory` where programs run on the CPU. Call after jax has started."""
+    machine.keep_freed_memory(jax.default_backend())
 
 
 def decode_options(device: Any) -> dict[str, Any]:

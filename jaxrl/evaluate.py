@@ -122,11 +122,10 @@ def load_weights(
     if args.run is None:
         return 0, policy
     learner = build.make_learner(config, subject.model, mesh, policy, Observer())
-    checkpoints = Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)
-    with closing(checkpoints):
-        step = _step(args, checkpoints)
-        learner.restore(checkpoints, step)
-        return step, learner.policy
+    step = step_of(config, args)
+    with closing(Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)) as saved:
+        learner.restore(saved, step)
+    return step, learner.policy
 
 
 def to_json(evaluation: Evaluation, ks: Sequence[int]) -> dict[str, object]:
@@ -172,13 +171,19 @@ def config_of(args: EvaluateArgs) -> Config:
     return config
 
 
-def _step(args: EvaluateArgs, checkpoints: Checkpoints) -> int:
-    latest = checkpoints.latest()
+def step_of(config: Config, args: EvaluateArgs) -> int:
+    """The optimizer step whose weights `args` names, the newest by default; 0 without a run.
+
+    Raises: UserError if the run has no such checkpoint.
+    """
+    if args.run is None:
+        return 0
+    with closing(Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)) as saved:
+        latest, steps = saved.latest(), saved.steps()
     if latest is None:
         raise UserError(f"{args.run} has no complete checkpoint; train it first")
     if args.checkpoint is None:
         return latest
-    steps = checkpoints.steps()
     if not args.checkpoint.isdigit() or int(args.checkpoint) not in steps:
         raise UserError(
             f"--checkpoint {args.checkpoint} is not in {args.run}; it has steps {steps}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxrl.telemetry.spans import Lane, SpanRecorder
 from models.config import ModelConfig
-from models.rows import SharedPrompts
+from models.rows import PrefixRows, SharedPrompts
 from roofline import cost
 from roofline.kernels import Layout
 from roofline.phases import Phase, PhaseCost, PhaseTime
@@ -28,6 +28,7 @@ class Shapes:
     learner: Layout
     rollout: Layout
     num_slots: int
+    prefixes: PrefixRows | None = None
     row_tokens: int
     rows_per_microbatch: int
     shared: SharedPrompts | None = None
@@ -39,9 +40,12 @@ class Shapes:
         """Prompts [rows, tokens], each once, copied to the slots of `samples` samples."""
         return cost.prefill(self.model, self.rollout, rows, tokens, samples)
 
-    def decode(self, kv_len: int, steps: int) -> PhaseCost:
-        """`steps` decode steps over all slots."""
-        return cost.decode(self.model, self.rollout, self.num_slots, kv_len, steps)
+    def decode(self, kv_len: int, steps: int, prefix_len: int = 0) -> PhaseCost:
+        """`steps` decode steps over all slots, each over its own cache and the shared rows of prompts, if
+        any, as far as given."""
+        rows = self.prefixes
+        read = None if rows is None else replace(rows, tokens=prefix_len or rows.tokens)
+        return cost.decode(self.model, self.rollout, self.num_slots, kv_len, steps, read)
 
     def reference(self, microbatches: int) -> PhaseCost:
         """Forward of the reference over all micro-batches."""
@@ -89,10 +93,11 @@ class Observer:
         return self._observe(Phase.PREFILL, "rollout", cost_of, version=version)
 
     def decode(self, *, version: int) -> Observed:
-        """The caller sets kv_len, steps (really done) and tokens (really sampled)."""
+        """The caller sets kv_len, steps (really done), tokens (really sampled), and prefix_len where
+        slots share prompts."""
 
         def cost_of(shapes: Shapes, work: Work) -> PhaseCost:
-            return shapes.decode(work["kv_len"], work["steps"])
+            return shapes.decode(work["kv_len"], work["steps"], work.get("prefix_len", 0))
 
         return self._observe(Phase.DECODE, "rollout", cost_of, version=version)
 

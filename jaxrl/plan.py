@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from typing import Any
 
+import jax
+
+from jaxrl.attention import choose_programs
 from jaxrl.config import Config
 from jaxrl.errors import UserError
 from jaxrl.observe import Shapes
@@ -73,21 +77,24 @@ def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
     )
 
 
-def make_shapes(config: Config, model: ModelConfig) -> Shapes:
-    """Static shapes and layouts of both meshes."""
+def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shapes:
+    """Static shapes and layouts of both meshes, of devices like `device` (None: those of this process)."""
     mesh, dtype = config.mesh, config.model.dtype
+    programs = choose_programs(config, device or jax.local_devices()[0], model)
     return Shapes(
         model=model,
         learner=Layout(
             data=mesh.learner_data, fsdp=mesh.learner_fsdp, tensor=mesh.learner_tensor,
             compute_dtype=dtype, param_dtype=dtype if model.lora else "float32", kv_dtype=dtype,
+            attention=programs.train,
         ),
         rollout=Layout(
             data=mesh.rollout_data, tensor=mesh.rollout_tensor,
-            compute_dtype=dtype, param_dtype=dtype,
+            compute_dtype=dtype, param_dtype=dtype, attention=programs.prompts,
             **stored_in(config.rollout.stored_dtype(dtype)),
         ),
         num_slots=config.rollout.slots,
+        prefixes=config.rollout.prefixes(config.grpo.samples_per_prompt),
         chunk_tokens=config.train.logprob_chunk_tokens,
         row_tokens=config.train.row_tokens,
         shared=config.train.shared_prompts,
@@ -275,9 +282,10 @@ def _memory(config: Config, shapes: Shapes) -> tuple[dict[str, int], dict[str, i
         learner["reference"] = parts["adapter" if "adapter" in parts else "parameters"]
     if config.grpo.advantage_baseline == "value" and config.grpo.critic_trunk == "separate":
         learner["critic"] = sum(parts[n] for n in ("parameters", "gradients", "optimizer"))
+    prefixes = rollout.prefixes(config.grpo.samples_per_prompt)
     rolls = memory_per_device(
-        shapes.model, shapes.rollout, slots=rollout.slots, snapshots=2,
-        max_len=rollout.max_prompt_tokens + rollout.max_new_tokens,
+        shapes.model, shapes.rollout, slots=rollout.slots, snapshots=2, prefixes=prefixes,
+        max_len=rollout.max_new_tokens + (rollout.max_prompt_tokens if prefixes is None else 0),
     )  # fmt: skip
     return learner, rolls
 

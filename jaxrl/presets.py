@@ -58,7 +58,7 @@ def _advantage(grpo: GrpoConfig) -> str:
     if grpo.keep_samples != "all":
         parts.append(f"{grpo.keep_samples} samples")
     if grpo.kl_in == "reward":
-        parts.append(f"k1 in reward {grpo.kl_weight:g}")
+        parts.append(f"{grpo.kl_estimator} in reward {grpo.kl_weight:g}")
     if grpo.length_reward != "none":
         parts.append(grpo.length_reward.replace("_", " "))
     if grpo.entropy_shaping:

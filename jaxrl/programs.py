@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -22,10 +22,12 @@ from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
 from jaxrl.observe import Observer, Shapes
 from jaxrl.plan import make_shapes
-from jaxrl.rollout.engine import RolloutEngine, prompt_bucket
+from jaxrl.rollout.admission import prompt_bucket
+from jaxrl.rollout.engine import RolloutEngine
 from models.config import ModelConfig
 from models.decoder import abstract_decoder
-from models.sharding import batch_sharding, policy_shardings
+from models.lora import AdaptedDecoder, init_adapter
+from models.sharding import adapter_shardings, batch_sharding, policy_shardings
 from roofline import traffic
 from roofline.kernels import ceil_div
 from roofline.memory import program_memory
@@ -47,14 +49,6 @@ class Stage:
     learner_mesh: Mesh
     rollout_mesh: Mesh
 
-    def __post_init__(self) -> None:
-        """Raises: UserError for what is not compiled here."""
-        if self.model.lora is not None:
-            raise UserError(
-                f"lora.rank={self.model.lora.rank}: rehearse compiles training of all parameters; set "
-                "--lora.rank 0"
-            )
-
     @property
     def model(self) -> ModelConfig:
         """The architecture."""
@@ -63,7 +57,7 @@ class Stage:
     @cached_property
     def shapes(self) -> Shapes:
         """Static shapes, from which costs follow."""
-        return make_shapes(self.config, self.model)
+        return make_shapes(self.config, self.model, self.learner_mesh.devices.flat[0])
 
     def program(self, phase: Phase) -> Program:
         """The phase as one program. Raises: UserError for a phase that is none."""
@@ -79,17 +73,42 @@ class Stage:
 
     @cached_property
     def policy(self) -> Any:
-        """The learner's weights, float32."""
-        return _placed(
-            abstract_decoder(self.model), policy_shardings(self.model, self.learner_mesh)
-        )
+        """The learner's weights, float32; under an adapter frozen ones in the compute type."""
+        if self.model.lora is None:
+            return self._weights(self.learner_mesh, jnp.float32)
+        base = self._weights(self.learner_mesh, self._dtype)
+        return AdaptedDecoder(base=base, adapter=self._adapter(self.learner_mesh, jnp.float32))
+
+    @cached_property
+    def trained(self) -> Any:
+        """What of them has gradients: all, or the adapter."""
+        return self.policy if self.frozen is None else self.policy.adapter
+
+    @property
+    def frozen(self) -> Any:
+        """The base under an adapter."""
+        return None if self.model.lora is None else self.policy.base
 
     @cached_property
     def snapshot(self) -> Any:
         """The rollout's weights, in the compute type."""
-        dtype = jnp.dtype(self.config.model.dtype)
-        places = policy_shardings(self.model, self.rollout_mesh)
-        return _placed(abstract_decoder(self.model, dtype), places)
+        base = self._weights(self.rollout_mesh, self._dtype)
+        if self.model.lora is None:
+            return base
+        return AdaptedDecoder(base=base, adapter=self._adapter(self.rollout_mesh, self._dtype))
+
+    @property
+    def _dtype(self) -> Any:
+        return jnp.dtype(self.config.model.dtype)
+
+    def _weights(self, mesh: Mesh, dtype: Any) -> Any:
+        return _placed(abstract_decoder(self.model, dtype), policy_shardings(self.model, mesh))
+
+    def _adapter(self, mesh: Mesh, dtype: Any) -> Any:
+        fresh = partial(init_adapter, self.model, dtype=dtype)
+        return _placed(
+            jax.eval_shape(fresh, jax.random.key(0)), adapter_shardings(self.model, mesh)
+        )
 
     @cached_property
     def learner(self) -> Learner:
@@ -103,7 +122,7 @@ class Stage:
             return made[0].state
 
         state = jax.eval_shape(make, self.policy)
-        made[0].state = _placed(state, made[0].places)
+        made[0].state, made[0].frozen = _placed(state, made[0].places), self.frozen
         return made[0]
 
     @cached_property
@@ -141,13 +160,20 @@ class Stage:
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of one device of each lane between programs: the state with the reference; two
-        snapshots, while a version arrives, and the slots."""
+        snapshots, while a version arrives, and the slots. A frozen base is held once by each lane, and
+        once by both where it lies alike on the same devices."""
         reference = self.learner.needs_reference and self.learner.state.reference is None
-        state = local_bytes(self.learner.state) + reference * local_bytes(self.policy)
+        state = local_bytes(self.learner.state) + reference * local_bytes(self.trained)
+        slots = local_bytes(self.engine[1])
+        if self.frozen is None:
+            return {"learner": state, "rollout": 2 * local_bytes(self.snapshot) + slots}
+        base, adapter = self.snapshot.base, self.snapshot.adapter
+        learner, rollout = local_bytes(self.frozen), local_bytes(base)
+        if self.config.mesh.colocated and learner == rollout:
+            rollout = 0
         return {
-            "learner": state,
-            "rollout": 2 * local_bytes(self.snapshot) + local_bytes(self.engine[1]),
-        }
+            "learner": state + learner, "rollout": rollout + 2 * local_bytes(adapter) + slots,
+        }  # fmt: skip
 
     # -- programs ----------------------------------------------------------------------------------
 
@@ -170,6 +196,7 @@ class Stage:
         rollout, layout = self.config.rollout, self.shapes.rollout
         engine, slots = self.engine
         longest, local = slots.cache.max_tokens, ceil_div(rollout.slots, layout.row_shards)
+        shared = self.shapes.prefixes
         once = traffic.forward(self.model, layout, local) + traffic.sampling(
             self.model, layout, local
         )
@@ -179,9 +206,11 @@ class Stage:
             options={"steps": rollout.chunk_steps, "filtered": False, "greedy": False},
             mesh=self.rollout_mesh, trips=rollout.chunk_steps,
             cost=self.shapes.decode(longest, rollout.chunk_steps),
-            traffic=traffic.repeated(once, rollout.chunk_steps),
+            traffic=traffic.repeated(once, rollout.chunk_steps)
+            + traffic.samples(layout, rollout.slots, rollout.chunk_steps),
             memory=program_memory(
-                self.model, layout, Phase.DECODE, rows=rollout.slots, row_tokens=longest
+                self.model, layout, Phase.DECODE, rows=rollout.slots, row_tokens=longest,
+                prefixes=shared,
             ),
             resident=local_bytes((self.snapshot, slots)),
         )  # fmt: skip
@@ -207,7 +236,10 @@ class Stage:
             )
         return Program(
             phase=Phase.TRAIN, lane="learner", function=learner.programs["accumulate"],
-            arguments=(self.policy, self.policy, self._metrics(reference), self.batch, reference),
+            arguments=(
+                self.trained, self.trained, self._metrics(reference), self.batch, reference,
+                self.frozen,
+            ),
             mesh=self.learner_mesh, cost=self.shapes.train(1),
             traffic=traffic.train(self.model, layout, self._tokens, self._predicting),
             memory=self._packed_memory(Phase.TRAIN), resident=local_bytes(self.policy),
@@ -217,7 +249,7 @@ class Stage:
     def _optimizer(self) -> Program:
         return Program(
             phase=Phase.OPTIMIZER, lane="learner", function=self.learner.programs["apply"],
-            arguments=(self.learner.state, self.policy), mesh=self.learner_mesh,
+            arguments=(self.learner.state, self.trained), mesh=self.learner_mesh,
             cost=self.shapes.optimizer(), traffic=(),
             memory=program_memory(self.model, self.shapes.learner, Phase.OPTIMIZER),
             resident=local_bytes(self.learner.state),
@@ -229,10 +261,10 @@ class Stage:
         learner, rollout = self.shapes.learner, self.shapes.rollout
         return Program(
             phase=Phase.PUBLISH, lane="learner", function=store.program,
-            arguments=(self.policy,), mesh=self.learner_mesh, cost=self.shapes.publish(),
+            arguments=(self.trained,), mesh=self.learner_mesh, cost=self.shapes.publish(),
             traffic=traffic.publication(self.model, learner, rollout),
             memory=program_memory(self.model, learner, Phase.PUBLISH),
-            resident=local_bytes(self.policy),
+            resident=local_bytes(self.trained),
         )  # fmt: skip
 
     # ----------------------------------------------------------------------------------------------

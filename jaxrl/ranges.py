@@ -44,6 +44,7 @@ RANGES = {
         **dict.fromkeys(("digits", "numbers", "num_train", "num_eval"), _COUNT),
         **dict.fromkeys(("max_chars", "reward_workers", "reward_latency_s"), _OPTIONAL),
         **dict.fromkeys(("reward_timeout_s", "code_wall_s"), Range(0, open_low=True)),
+        "reward_memory_gib": Range(1, usual="8"),
     },
     "sft": {
         **dict.fromkeys(("check_every", "sequences_per_step", "epochs"), _COUNT),
@@ -82,7 +83,7 @@ RANGES = {
     },
     "rollout": {
         **dict.fromkeys(("slots", "chunk_steps", "max_prompt_tokens", "max_new_tokens"), _COUNT),
-        **dict.fromkeys(("top_k", "max_staleness"), _OPTIONAL),
+        **dict.fromkeys(("top_k", "max_staleness", "shared_prefix"), _OPTIONAL),
         "temperature": Range(0, usual="1"),
         "top_p": Range(0, 1, "1, which is off", open_low=True),
         "refill_cost_steps": Range(0, 1000, "0.5", open_low=True),

@@ -15,6 +15,7 @@ import gzip
 import json
 import sys
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -100,11 +101,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def score_file(args: ScoreArgs, out: Path, console: Console) -> tuple[Outcome, RewardStats]:
     """Judge every row of `args.cases` and write `out`, in order.
 
-    Raises: UserError for a file that cannot be read, a malformed row (with its line number), or a
-    verifier that does not exist or cannot start.
+    Raises: UserError for a file that cannot be read or written, a malformed row (with its line number), or
+    a verifier that does not exist or cannot start.
     """
     if args.workers < 1:
         raise UserError(f"--workers={args.workers} must be at least 1; usual: one per core")
+    if out.resolve() == args.cases.resolve():
+        raise UserError(f"--out {out} would overwrite the cases; name another file")
     total = sum(1 for _ in _rows(args.cases))  # a malformed row is found before any is judged
     config = TaskConfig(verifier=args.verifier, reward_timeout_s=args.timeout_s)
     pool = RewardPool(config, 0, args.workers, args.timeout_s, 0.0, make=VerifierTask)
@@ -112,23 +115,33 @@ def score_file(args: ScoreArgs, out: Path, console: Console) -> tuple[Outcome, R
     waiting: deque[tuple[int, Mapping[str, Any], Future[Reward]]] = deque()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-    with closing(pool), out.open("w", encoding="utf-8") as file, progress:
+    with closing(pool):
         try:
             pool.wait_ready()
         except VerifierError as error:
             raise UserError(str(error)) from error
-        bar = progress.add_task("scoring", total=total)
-        for number, row in _rows(args.cases):
-            waiting.append(
-                (number, row, pool.submit(_problem(number, row), _completion(row), True))
-            )
-            if len(waiting) >= _IN_FLIGHT:
+        with _opened(out) as file, progress:
+            bar = progress.add_task("scoring", total=total)
+            for number, row in _rows(args.cases):
+                problem = _problem(number, row, args.verifier)
+                waiting.append((number, row, pool.submit(problem, _completion(row), True)))
+                if len(waiting) >= _IN_FLIGHT:
+                    _write(file, outcome, *waiting.popleft())
+                    progress.advance(bar)
+            while waiting:
                 _write(file, outcome, *waiting.popleft())
                 progress.advance(bar)
-        while waiting:
-            _write(file, outcome, *waiting.popleft())
-            progress.advance(bar)
         return outcome, pool.stats()
+
+
+def _opened(out: Path) -> IO[str]:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        return out.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror}); name another file with --out=FILE"
+        ) from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -136,11 +149,11 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     form = "write one JSON object per line: gold and pred, or prompt, completion and answer"
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _row(line, f"{path}, line {number}", form)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"--cases {path} cannot be read: {error}; {form}") from error
 
 
@@ -161,9 +174,14 @@ def _completion(row: Mapping[str, Any]) -> str:
     return next(row[name] for name in _COMPLETION_FIELDS if isinstance(row.get(name), str))
 
 
-def _problem(number: int, row: Mapping[str, Any]) -> Problem:
-    """The row as a problem whose `row` has `answer`, under whichever name the file gave it."""
+def _problem(number: int, row: Mapping[str, Any], verifier: str) -> Problem:
+    """The row as a problem whose `row` has `answer`, under whichever name the file gave it.
+
+    For verifiers of texts a number is its text, as in training.
+    """
     answer = next((row[name] for name in _ANSWER_FIELDS if row.get(name) is not None), None)
+    if verifier in ("exact", "math") and type(answer) in (int, float):
+        answer = str(answer)
     return Problem(
         id=number,
         prompt=str(row.get("prompt", "")),

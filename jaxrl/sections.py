@@ -171,8 +171,8 @@ class CurriculumConfig:
                 "one of them",
             )
         _check(
-            not self.edge or reward_from != "majority",
-            "curriculum.edge=true judges problems by their labels, which grpo.reward_from=majority does "
+            not self.edge or reward_from == "task",
+            f"curriculum.edge=true judges problems by their labels, which grpo.reward_from={reward_from} does "
             "without; set curriculum.edge=false",
         )
 

@@ -89,7 +89,8 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     )  # fmt: skip
     plan = make_plan(config, subject.model, hardware)
     more_rows = plan_curricula(config, subject.model, hardware, plan)
-    print_plan(plan_rows(config, plan, hardware, subject.tokenizer) + more_rows)
+    rows = plan_rows(config, plan, hardware, subject.tokenizer)
+    print_plan(build.problem_rows(config, subject) + rows + more_rows)
     if config.run.fork_from is not None:
         existing_checkpoints(config.run.fork_from)
     if not parsed.dry_run:

@@ -1,10 +1,11 @@
 """Who attends to what, by which program: packed rows, prompts, and cached keys.
 
-    xla      products that the compiler schedules; any dtype, any device
-    blocks   decode only: the same products over keys in blocks, which a CPU reads fastest
+    xla      products that the compiler schedules, with all scores that memory allows; any dtype, any device
+    blocks   the same products in parts that a CPU reads fastest: a core's cache of scores, keys in blocks
     cudnn    cuDNN's fused attention, bfloat16 and float16 on a CUDA device; packed rows need Hopper
     pallas   the Triton kernels that come with jax (jax.experimental.pallas.ops.gpu)
-Which one is fastest depends on the device and the shape: `jaxrl.attention` chooses from measurements.
+Which one is fastest depends on the device and the shape: `jaxrl.attention` chooses from measurements, and where
+there are none, `rows_by_structure` and `decode_by_structure`.
 Letters: B rows or slots, T tokens, S cached keys, K kv heads, G query heads per kv head, H head size.
 """
 
@@ -13,24 +14,48 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from models import attention_kernels as kernels
-from models.layers import MASKED_SCORE, packed_attention, packed_mask
+from models.layers import (
+    MASKED_SCORE,
+    packed_attention,
+    packed_mask,
+    shared_attention,
+    shared_masks,
+)
+from models.rows import RowAttention, SharedPrompts, scores_at_once
 from models.stored import Scaled, Stored, num_tokens
 
-RowAttention = Literal["xla", "cudnn", "pallas"]
-"""Programs for packed rows and prompts."""
 DecodeAttention = Literal["blocks", "xla", "cudnn", "pallas"]
 """Programs for one query per slot over its cache; `models.cache` lays the cache out for each."""
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """q [B, T, K, G, H], k and v [B, T, K, H] -> [B, T, K, G, H]."""
 HEADS = "heads"
 _KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
+_CUDA = ("gpu", "cuda")
+_HOPPER = 9.0
+"""Compute capability from which cuDNN takes several segments per row."""
+_LARGEST_HEAD = 128
+"""Head size that cuDNN takes forward and backward on every card; a multiple of 8."""
+
+
+def rows_by_structure(device: Any, dtype: Any, head_size: int) -> RowAttention:
+    """The program for packed rows on a device without measurements: cuDNN's where it accepts the rows."""
+    if device.platform not in _CUDA:
+        return "blocks"
+    half = jnp.dtype(dtype).itemsize == 2
+    fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
+    return "cudnn" if half and fits and kernels.capability(device) >= _HOPPER else "xla"
+
+
+def decode_by_structure(device: Any) -> DecodeAttention:
+    """The program for decoding on a device without measurements."""
+    return "xla" if device.platform in _CUDA else "blocks"
 
 
 def attention_in_rows(
@@ -45,8 +70,25 @@ def attention_in_rows(
         return functools.partial(kernels.cudnn_rows, spans=kernels.segment_spans(segment_ids))
     if program == "pallas":
         return functools.partial(kernels.pallas_rows, segment_ids=segment_ids, interpret=interpret)
-    mask = packed_mask(segment_ids)
-    return lambda q, k, v: checkpoint_name(packed_attention(q, k, v, mask), HEADS)
+    mask, most = packed_mask(segment_ids), scores_at_once(program)
+    return lambda q, k, v: checkpoint_name(packed_attention(q, k, v, mask, most), HEADS)
+
+
+def attention_in_shared_rows(
+    segment_ids: jax.Array, prefix_ids: jax.Array, shared: SharedPrompts, program: RowAttention
+) -> Attend:
+    """Attention of rows whose parts share the prompts in front (`models.layers.shared_masks`).
+
+    Raises: ValueError for a kernel: none knows such rows.
+    """
+    masks, most = shared_masks(segment_ids, prefix_ids, shared), scores_at_once(program)
+    if not most:
+        raise ValueError(
+            f"attention {program} knows no rows with shared prompts; use xla or blocks"
+        )
+    return lambda q, k, v: checkpoint_name(
+        shared_attention(q, k, v, masks=masks, shared=shared, scores_at_once=most), HEADS
+    )
 
 
 def attention_in_prompts(tokens: int, program: RowAttention, *, interpret: bool = False) -> Attend:
@@ -57,7 +99,7 @@ def attention_in_prompts(tokens: int, program: RowAttention, *, interpret: bool 
         return functools.partial(kernels.pallas_rows, segment_ids=None, interpret=interpret)
     places = jnp.arange(tokens)
     mask = (places[:, None] >= places[None, :])[None]
-    return functools.partial(packed_attention, mask=mask)
+    return functools.partial(packed_attention, mask=mask, scores_at_once=scores_at_once(program))
 
 
 def saves_attention(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -100,27 +142,63 @@ def cached_attention(
 def _cached_products(
     q: jax.Array, keys: tuple[Stored, ...], values: tuple[Stored, ...], positions: jax.Array
 ) -> jax.Array:
-    """Keys [B, K, n, H, s/n] in n blocks or [B, K, s, H], and values [B, K, s, H], per segment.
+    seen = jnp.arange(sum(map(num_tokens, values)))[None, :] <= positions[:, None]
+    weights = jax.nn.softmax(_masked_scores(q, keys, seen), axis=-1)
+    return _mixed(weights, values, q.dtype, q.dtype)
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys, to be joined with that over the others; all float32."""
+
+    sums: jax.Array  # [B, K, G, H], values weighted with exp(score - peak)
+    totals: jax.Array  # [B, K, G], sums of these weights
+    peaks: jax.Array  # [B, K, G], largest scores
+
+
+def partial_attention(
+    q: jax.Array, keys: tuple[Stored, ...], values: tuple[Stored, ...], seen: jax.Array
+) -> Partial:
+    """q [B, K, G, H] over the keys that `seen` [B, S] marks, of one layer's segments."""
+    scores = _masked_scores(q, keys, seen)
+    peaks = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - peaks[..., None])
+    return Partial(_mixed(weights, values, q.dtype, jnp.float32), weights.sum(-1), peaks)
+
+
+def joined(one: Partial, other: Partial) -> jax.Array:
+    """Attention [B, K, G, H] float32 over the keys of both; where one saw none, it has no part."""
+    peaks = jnp.maximum(one.peaks, other.peaks)
+    mine, theirs = jnp.exp(one.peaks - peaks), jnp.exp(other.peaks - peaks)
+    sums = one.sums * mine[..., None] + other.sums * theirs[..., None]
+    return sums / (one.totals * mine + other.totals * theirs)[..., None]
+
+
+def _masked_scores(q: jax.Array, keys: tuple[Stored, ...], seen: jax.Array) -> jax.Array:
+    """float32 scores [B, K, G, S] of keys [B, K, n, H, s/n] in n blocks or [B, K, s, H] per segment."""
+    scores = jnp.concatenate([_scores_of(q, segment) for segment in keys], axis=-1)
+    return jnp.where(seen[:, None, None, :], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
+
+
+def _mixed(weights: jax.Array, values: tuple[Stored, ...], dtype: Any, result: Any) -> jax.Array:
+    """float32 weights [B, K, G, S] times values [B, K, s, H] per segment, multiplied in `dtype`.
 
     The scales of int8 and float8 numbers multiply scores and weights: keys and values are never
     written out in full precision.
     """
-    scores = jnp.concatenate([_scores_of(q, segment) for segment in keys], axis=-1)
-    seen = jnp.arange(scores.shape[-1])[None, :] <= positions[:, None]
-    scores = jnp.where(seen[:, None, None, :], scores * q.shape[-1] ** -0.5, MASKED_SCORE)
-    weights = jax.nn.softmax(scores, axis=-1)
     ends = list(itertools.accumulate(num_tokens(segment) for segment in values))
     parts = jnp.split(weights, ends[:-1], axis=-1)
-    sums = [_mix(part, held, q.dtype) for part, held in zip(parts, values, strict=True)]
+    sums = [_mix(part, held, dtype, result) for part, held in zip(parts, values, strict=True)]
     return functools.reduce(jnp.add, sums)
 
 
-def _mix(weights: jax.Array, values: Stored, dtype: Any) -> jax.Array:
-    """float32 weights [B, K, G, s] times values [B, K, s, H], multiplied in `dtype`."""
+def _mix(weights: jax.Array, values: Stored, dtype: Any, result: Any) -> jax.Array:
     numbers: jax.Array = values.numbers if isinstance(values, Scaled) else values
     if isinstance(values, Scaled):
         weights = weights * values.scale[:, :, None, :]
-    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(dtype), numbers.astype(dtype))
+    return jnp.einsum(
+        "bkgs,bksh->bkgh", weights.astype(dtype), numbers.astype(dtype),
+        preferred_element_type=result,
+    )  # fmt: skip
 
 
 def _scores_of(q: jax.Array, keys: Stored) -> jax.Array:

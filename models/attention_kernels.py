@@ -8,8 +8,10 @@ segments of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -27,18 +29,26 @@ LEAST_BLOCK = 16
 """Smallest side of a Triton product."""
 KEY_BLOCKS = (128, 64, 32)
 """Keys that the decode kernel takes at a time: the most that keep the GPU busy."""
+CUDNN_BROUGHT = 91000
+"""The oldest cuDNN that jax[cuda12] 0.10 comes with: 9.10."""
+_UNKNOWN_CAPABILITY = "0"
+"""Of a device that does not say: no kernel that asks for one is chosen."""
 DECODE_PROGRAMS = 264
 """Programs that keep a GPU busy in decode, two per multiprocessor of an H100 or H200: where slots times kv
 heads are fewer, each slot's keys are split among several."""
 
 
 def on_each_device(
-    kernel: Callable[..., jax.Array], heads: tuple[jax.Array, ...], rows: tuple[jax.Array, ...],
-    *, head_dim: int,
-) -> jax.Array:  # fmt: skip
+    kernel: Callable[..., Any],
+    heads: tuple[Any, ...],
+    rows: tuple[jax.Array, ...],
+    *,
+    head_dim: int,
+) -> Any:
     """kernel(*heads, *rows) on each device's part: all split in dimension 0, heads in `head_dim` too.
 
-    The result is divided as the first of `heads`. Rows that the mesh does not divide stay whole.
+    heads: arrays or trees of them. The result is divided as the first, an array. Rows that the mesh does not
+    divide stay whole.
     """
     if not shares_work():
         return kernel(*heads, *rows)
@@ -49,6 +59,23 @@ def on_each_device(
     specs = (*[of_heads] * len(heads), *[PartitionSpec(split)] * len(rows))
     mapped = jax.shard_map(kernel, in_specs=specs, out_specs=of_heads, check_vma=False)
     return mapped(*heads, *rows)
+
+
+def capability(device: Any) -> float:
+    """Compute capability of a CUDA device: 9.0 is Hopper."""
+    return float(getattr(device, "compute_capability", _UNKNOWN_CAPABILITY))
+
+
+@contextmanager
+def lowering_for(device: Any) -> Iterator[None]:
+    """Within it, programs with cuDNN's kernels can be lowered for a device that is only described: jax asks
+    the present device and library whether they take a kernel, and is told of `device`."""
+    own = capability(device)
+    with (
+        patch.object(cudnn, "check_cudnn_version", lambda: CUDNN_BROUGHT),
+        patch.object(cudnn, "check_compute_capability", lambda least: own >= float(least)),
+    ):
+        yield
 
 
 def segment_spans(segment_ids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

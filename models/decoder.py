@@ -16,17 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from models import layers as block
 from models.activations import constrain_rows, gather_width, shares_work
 from models.attention import (
-    HEADS,
-    Attend,
     DecodeAttention,
-    RowAttention,
     attention_in_prompts,
     attention_in_rows,
+    attention_in_shared_rows,
     cached_attention,
     saves_attention,
 )
@@ -42,7 +39,8 @@ from models.lora import (
     weight_of,
 )
 from models.parameters import Parameter, outer_table, stacked_layer_table
-from models.rows import SharedPrompts
+from models.prefixes import Prefixes, prefixed_attention
+from models.rows import RowAttention, SharedPrompts
 
 
 class Layers(nnx.Module):
@@ -125,14 +123,14 @@ def hidden_states(
     remat: bool = False,
     prefix_ids: jax.Array | None = None,
     shared: SharedPrompts | None = None,
-    attention: RowAttention = "xla",
+    attention: RowAttention = "blocks",
 ) -> jax.Array:
     """Final, normalised hidden states [B, T, D] of packed rows, in `dtype`.
 
     tokens, positions (from 0 within each sequence) and segment_ids (0 padding) are [B, T] int32. With
     `shared` the rows are divided as it says, and prefix_ids [B, T] int32 names the segment of the
     prompt that a token's sequence begins with (0: none).
-    `attention` names the program; rows that share prompts always go through xla, whose masks no kernel knows.
+    `attention` names the program; rows that share prompts want xla or blocks: no kernel knows their masks.
     Backward recomputes a layer from what forward kept of it: the attended heads and the results of the
     weight products, or with `remat` the heads and the layer's input. Keeping also elementwise results
     doubles the memory and is slower on CPU.
@@ -142,7 +140,7 @@ def hidden_states(
     if shared is None or prefix_ids is None:
         attended = attention_in_rows(segment_ids, attention)
     else:
-        attended = _shared_attention(segment_ids, prefix_ids, shared)
+        attended = attention_in_shared_rows(segment_ids, prefix_ids, shared, attention)
 
     def attend(
         x: jax.Array, xs: tuple[Layers | AdaptedLayers, jax.Array | None]
@@ -160,17 +158,8 @@ def hidden_states(
     return block.rms_norm(x, policy.final_norm, config.norm_eps)
 
 
-def _shared_attention(
-    segment_ids: jax.Array, prefix_ids: jax.Array, shared: SharedPrompts
-) -> Attend:
-    masks = block.shared_masks(segment_ids, prefix_ids, shared)
-    return lambda q, k, v: checkpoint_name(
-        block.shared_attention(q, k, v, masks=masks, shared=shared), HEADS
-    )
-
-
 def prefill(
-    policy: Policy, tokens: jax.Array, *, dtype: Any, attention: RowAttention = "xla"
+    policy: Policy, tokens: jax.Array, *, dtype: Any, attention: RowAttention = "blocks"
 ) -> tuple[jax.Array, jax.Array]:
     """Keys and values [L, P, K, T, H] of right-padded prompts tokens [P, T].
 
@@ -193,7 +182,7 @@ def prefill(
 
 def recompute(
     policy: Policy, cache: KVCache, tokens: jax.Array, *, dtype: Any,
-    attention: RowAttention = "xla",
+    attention: RowAttention = "blocks",
 ) -> KVCache:  # fmt: skip
     """The cache with the keys and values of every slot's first T tokens [B, T] made anew by
     `policy`.
@@ -273,25 +262,32 @@ def decode_step(
     dtype: Any,
     layers: tuple[FusedLayer, ...] | None = None,
     attention: DecodeAttention = "blocks",
+    prefixes: Prefixes | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Hidden states [B, D] after one more token per slot, and the cache that holds its key and
     value.
 
     tokens [B] stand at positions [B]; slot b sees keys 0..positions[b]. All of the cache is read: give
     the first segments only (`models.cache.split_cache`) while every sequence is short enough.
-    `attention` is the program that the cache was laid out for.
+    `attention` is the program that the cache was laid out for. With `prefixes` the cache holds what follows a
+    slot's row of them, and slot b sees that row too.
     Layers are unrolled: a scan would copy each layer's weights and cache in every step. So would
     slicing the weights inside a loop: pass layers=split_layers(policy), made before the loop.
     """
     config = policy.config
-    tables = _rope_tables(config, positions, cache.max_tokens)
+    reach = cache.max_tokens + (0 if prefixes is None else prefixes.cache.max_tokens)
+    own = positions if prefixes is None else positions - prefixes.starts
+    tables = _rope_tables(config, positions, reach)
     x = _embed(policy, tokens, dtype)
     all_keys, all_values = list(cache.keys), list(cache.values)
     for i, layer in enumerate(split_layers(policy) if layers is None else layers):
         rotation = None if i in config.no_rope_layers else tables
         q, k, v = _project(layer, config, x, rotation)
-        all_keys[i], all_values[i] = write_token(all_keys[i], all_values[i], k, v, positions)
-        heads = cached_attention(q, all_keys[i], all_values[i], positions, attention)
+        all_keys[i], all_values[i] = write_token(all_keys[i], all_values[i], k, v, own)
+        if prefixes is None:
+            heads = cached_attention(q, all_keys[i], all_values[i], own, attention)
+        else:
+            heads = prefixed_attention(q, prefixes, i, all_keys[i], all_values[i], own)
         x = _after_attention(layer, config, x, heads)
     hidden = block.rms_norm(x, policy.final_norm, config.norm_eps)
     return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))

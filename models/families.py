@@ -69,9 +69,9 @@ def parse_config(content: dict[str, Any]) -> ModelConfig:
         head_size=_integer(content, "head_dim", family.head_size or width // heads),
         ffw_size=_integer(content, "intermediate_size"),
         max_positions=_integer(content, "max_position_embeddings", 2048),
-        rope_theta=float(_rope(content).get("rope_theta", family.rope_theta)),
+        rope_theta=_number(_rope(content), "rope_theta", family.rope_theta),
         rope_scaling=_rope_scaling(content),
-        norm_eps=float(content.get("rms_norm_eps", 1e-6)),
+        norm_eps=_number(content, "rms_norm_eps", 1e-6),
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias,
         tied_embeddings=bool(content.get("tie_word_embeddings", family.tied_embeddings)),
@@ -89,6 +89,15 @@ def _integer(content: dict[str, Any], key: str, default: int | None = None) -> i
         f"config.json: {key}={value!r} must be a positive whole number",
     )
     return int(value)  # pyright: ignore[reportArgumentType]
+
+
+def _number(content: dict[str, Any], key: str, default: float) -> float:
+    value = content.get(key, default)
+    _check(
+        isinstance(value, int | float) and not isinstance(value, bool) and value > 0,
+        f"config.json: {key}={value!r} must be a positive number",
+    )
+    return float(value)
 
 
 def _refuse_unsupported(content: dict[str, Any], family: Family) -> None:
@@ -134,7 +143,11 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
     """The rotary settings in one dictionary: v5 `rope_parameters`, or v4 `rope_scaling` and
     `rope_theta`."""
     rope = {key: content[key] for key in ("rope_theta",) if content.get(key) is not None}
-    rope |= content.get("rope_scaling") or content.get("rope_parameters") or {}
+    scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    _check(
+        isinstance(scaling, dict), f"config.json: rope scaling {scaling!r:.80} is no object of settings"
+    )
+    rope |= scaling
     kind = rope.setdefault("rope_type", rope.get("type", "default"))
     _check(
         kind in _ROPE_KEYS,
@@ -250,9 +263,12 @@ def _no_rope_layers(content: dict[str, Any], family: Family) -> tuple[int, ...]:
 
 def _eos_token_ids(content: dict[str, Any]) -> tuple[int, ...]:
     eos = content.get("eos_token_id")
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    _check(
+        all(type(i) is int and i >= 0 for i in ids),
+        f"config.json: eos_token_id={eos!r} must be a token id, or a list of them",
+    )
+    return tuple(ids)
 
 
 def render_config(config: ModelConfig, dtype: str) -> dict[str, Any]:

@@ -15,10 +15,8 @@ import jax.numpy as jnp
 from models.activations import shares_work
 from models.config import RopeScaling
 from models.lora import LowRankSum, Weight
-from models.rows import SharedPrompts
+from models.rows import SCORES_IN_CACHE, SharedPrompts
 
-SCORES_AT_ONCE = 2**20
-"""Float32 attention scores that exist at once in one program: 4 MiB, about a core's share of cache."""
 MASKED_SCORE = -1e30
 """Score of a key that must not be seen: finite, so that a row without any key stays free of NaN."""
 
@@ -166,6 +164,7 @@ def shared_attention(
     v: jax.Array,
     masks: tuple[jax.Array, jax.Array],
     shared: SharedPrompts,
+    scores_at_once: int = SCORES_IN_CACHE,
 ) -> jax.Array:
     """`packed_attention` of rows whose parts share the prompts in front; masks of `shared_masks`."""
     n, rows = shared.prompt_tokens, q.shape[0]
@@ -176,21 +175,22 @@ def shared_attention(
     def seen(x: jax.Array) -> jax.Array:  # [B, n + P t, ...] -> [B P, n + t, ...]
         return jnp.concatenate([jnp.repeat(x[:, :n], shared.parts, axis=0), parts(x)], axis=1)
 
-    prompts = packed_attention(q[:, :n], k[:, :n], v[:, :n], masks[0])
-    rest = packed_attention(parts(q), seen(k), seen(v), masks[1])
+    prompts = packed_attention(q[:, :n], k[:, :n], v[:, :n], masks[0], scores_at_once)
+    rest = packed_attention(parts(q), seen(k), seen(v), masks[1], scores_at_once)
     return jnp.concatenate([prompts, rest.reshape(rows, -1, *q.shape[2:])], axis=1)
 
 
-def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scores_at_once: int = SCORES_IN_CACHE
+) -> jax.Array:
     """Attention within rows: q [B, T, K, G, H], k and v [B, S, K, H], mask [B or 1, T, S] -> [B, T, K, G, H].
 
     Long rows go through in blocks of queries, so that the float32 scores that exist at once stay below
-    SCORES_AT_ONCE: they then stay in cache on a CPU, and memory does not grow with T squared. Backward
-    makes each block's scores again.
+    `scores_at_once`, and memory does not grow with T squared. Backward makes each block's scores again.
     """
     with jax.named_scope("attention"):
         b, t, k_heads, g, h = q.shape
-        blocks = _query_blocks(b * k_heads * g * k.shape[1], t)
+        blocks = _query_blocks(b * k_heads * g * k.shape[1], t, scores_at_once)
         attend = jax.checkpoint(_attend, prevent_cse=False)
         if blocks == 1:
             return attend(q, k, v, mask)
@@ -200,11 +200,11 @@ def packed_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
         return heads.swapaxes(0, 1).reshape(q.shape)
 
 
-def _query_blocks(scores_per_query: int, queries: int) -> int:
-    """The least number of equal blocks of queries whose scores fit SCORES_AT_ONCE."""
+def _query_blocks(scores_per_query: int, queries: int, scores_at_once: int) -> int:
+    """The least number of equal blocks of queries whose scores fit `scores_at_once`."""
     fitting = (
         n for n in range(1, queries + 1)
-        if queries % n == 0 and scores_per_query * (queries // n) <= SCORES_AT_ONCE
+        if queries % n == 0 and scores_per_query * (queries // n) <= scores_at_once
     )  # fmt: skip
     return next(fitting, queries)
 

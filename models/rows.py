@@ -1,12 +1,25 @@
-"""What a packed row may hold, and how it is divided when sequences share their prompts."""
+"""What a packed row may hold, how it is divided when sequences share their prompts, how it attends.
+Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+RowAttention = Literal["blocks", "xla", "cudnn", "pallas"]
+"""Programs of attention for packed rows and prompts (`models.attention`)."""
+SCORES_IN_CACHE, SCORES_IN_MEMORY = 2**20, 2**26
+"""Float32 scores that exist at once: 4 MiB, about a core's share of cache; 256 MiB, from where on more at once
+saves an accelerator nothing."""
 
 MAX_SEGMENTS = 64
 """Most segments of a packed row, its padding among them: cuDNN's attention keeps one log-sum-exp per segment,
 head and token of the row."""
+
+
+def scores_at_once(program: RowAttention) -> int:
+    """Float32 scores that a program of attention has in memory at once; 0: its kernels write none."""
+    return {"blocks": SCORES_IN_CACHE, "xla": SCORES_IN_MEMORY}.get(program, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +44,18 @@ class SharedPrompts:
                 f"{self.parts} equal parts; use {self.prompt_tokens} + a multiple of {self.parts}"
             )
         return rest // self.parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixRows:
+    """Prompts whose keys and values are held once for all slots that sample them (`models.prefixes`)."""
+
+    rows: int
+    """R, prompts held at once."""
+    lanes: int
+    """C, slots that may read a row."""
+    tokens: int
+    """P, longest prompt [tokens]."""
 
 
 def attended(row_tokens: int, shared: SharedPrompts | None) -> tuple[int, int]:

@@ -65,6 +65,21 @@ def adapter_products(
     return work
 
 
+def adapter_made_again(
+    model: ModelConfig, part: Shard, layout: Layout, tokens: int, *, down: bool
+) -> Work:
+    """One layer's products (x A) B on `tokens` tokens, forward: of down alone, or of all but it.
+
+    What backward keeps of an adapter is x A; it makes the rest again, but for down's, whose sum it does
+    not read.
+    """
+    rank, work = model.lora.rank if model.lora else 0, Work()
+    for name, (_, fan_out) in _sizes(model, part).items():
+        if (name == "down") == down:
+            work += product(tokens, rank, fan_out, layout.compute_bytes)
+    return work
+
+
 def _targets(model: ModelConfig) -> tuple[str, ...]:
     """Those of the adapter's targets that the architecture has."""
     wanted = () if model.lora is None else model.lora.targets

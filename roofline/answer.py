@@ -12,7 +12,7 @@ from roofline.datasheets import DATASHEETS
 from roofline.hardware import Hardware
 from roofline.kernel_times import gpu
 from roofline.kernels import Layout, ceil_div, shard
-from roofline.memory import memory_per_device
+from roofline.memory import memory_per_device, program_memory
 from roofline.network import Network
 from roofline.phases import Phase, PhaseCost
 from roofline.placement import Placement, Turns
@@ -218,12 +218,14 @@ def _times(work: PhaseCost, count: int) -> PhaseCost:
 
 
 def needed_memory(question: Question) -> dict[str, int]:
-    """Bytes by name on the busiest device. A stage keeps the activations of as many micro-batches as
-    there are stages."""
+    """Bytes by name on the busiest device: of a trainer's step all that it holds, of another phase what
+    its program needs. A stage keeps the activations of as many micro-batches as there are stages."""
     q, stage, turns = question, question.stage, question.turns
-    if q.phase is Phase.SCORE:
-        weights = memory_per_device(stage, q.layout, trains=True, rows=q.batch, row_tokens=1)
-        return {"parameters": weights["parameters"]}
+    if q.phase in (Phase.SCORE, Phase.PREFILL):
+        return program_memory(
+            stage, q.layout, q.phase, rows=ceil_div(q.batch, turns.microbatches),
+            row_tokens=q.tokens, chunk_tokens=q.chunk_tokens,
+        )  # fmt: skip
     if q.trains:
         rows, tokens = (q.batch, q.tokens) if q.phase is Phase.TRAIN else (q.layout.row_shards, 1)
         sizes = memory_per_device(
@@ -232,8 +234,7 @@ def needed_memory(question: Question) -> dict[str, int]:
         )  # fmt: skip
         kept = min(turns.stages, turns.microbatches)
         return {**sizes, "activations": kept * sizes["activations"]}
-    length = q.kv_len if q.phase is Phase.DECODE else q.tokens
-    return memory_per_device(stage, q.layout, slots=q.batch, max_len=length, snapshots=1)
+    return memory_per_device(stage, q.layout, slots=q.batch, max_len=q.kv_len, snapshots=1)
 
 
 def _tokens(question: Question) -> float:

@@ -17,10 +17,15 @@ from __future__ import annotations
 from typing import Literal
 
 from models.config import ModelConfig
-from models.rows import SharedPrompts, attended
+from models.rows import PrefixRows, SharedPrompts, attended, scores_at_once
 from roofline import traffic
-from roofline.adapters import adapter_arrays, adapter_parameters, adapter_products
-from roofline.experts import expert_mlp, grouped, held_experts
+from roofline.adapters import (
+    adapter_arrays,
+    adapter_made_again,
+    adapter_parameters,
+    adapter_products,
+)
+from roofline.experts import expert_mlp, grouped
 from roofline.kernels import (
     FLOAT32_BYTES,
     Layout,
@@ -36,12 +41,12 @@ from roofline.kernels import (
     shard,
     streaming,
 )
+from roofline.parameters import held_parameters, num_arrays, trained_arrays, trained_parameters
 from roofline.phases import Phase, PhaseCost
 from roofline.traffic import as_work
 
 __all__ = [
-    "Layout", "Remat", "decode", "held_parameters", "num_arrays", "optimizer", "prefill", "publish",
-    "reference", "score", "train", "trained_arrays", "trained_parameters",
+    "Layout", "Remat", "decode", "optimizer", "prefill", "publish", "reference", "score", "train",
 ]  # fmt: skip
 
 Remat = Literal["none", "block"]
@@ -76,18 +81,22 @@ def decode(
     slots: int,
     kv_len: int,
     steps: int,
+    prefixes: PrefixRows | None = None,
 ) -> PhaseCost:
     """One chunk of `steps` decode steps over `slots`, each reading `kv_len` cached tokens, rounded up
-    to the cache's blocks.
+    to the cache's blocks; with `prefixes` besides what all of them read of the shared rows.
     """
     local = ceil_div(slots, layout.row_shards)
     part = shard(model, layout)
     read = round_up(kv_len, KV_BLOCK_TOKENS)
     step = _embed(local, part, layout)
     step += _layer(model, part, layout, local, 1, cached=read).times(model.num_layers)
+    if prefixes is not None:
+        step += _shared_rows(part, layout, local, prefixes).times(model.num_layers)
     step += _head(local, part, layout) + _sample(local, model, part)
     step += as_work(traffic.forward(model, layout, local))
-    return _cost(Phase.DECODE, step.times(steps), layout, dispatches=1)
+    work = step.times(steps) + as_work(traffic.samples(layout, slots, steps))
+    return _cost(Phase.DECODE, work, layout, dispatches=1)
 
 
 def score(
@@ -149,6 +158,9 @@ def train(
         layers += layer + (attention + last).times(-1)
     if model.lora:
         layers += _weight_products(model, part, layout, tokens).times(-1)
+        again = remat == "none"
+        found = adapter_made_again(model, part, layout, tokens, down=not again)
+        layers += found if again else found.times(-1)
     once = layers.times(model.num_layers)
     once += _embed(tokens, part, layout).times(1 if model.lora else 2)
     head = _scored_head(local, _predicting(row_tokens, shared), part, layout, chunk_tokens)
@@ -195,45 +207,6 @@ def publish(
     sent = total * rollout.param_bytes * rollout.row_shards / learner.devices
     work += Work(hbm_bytes=sent, streamed_bytes=sent, link_bytes=sent, collectives=arrays)
     return _cost(Phase.PUBLISH, work, learner, dispatches=2)
-
-
-def trained_parameters(model: ModelConfig, layout: Layout) -> int:
-    """Parameters on one device that have gradients and optimizer state: the adapter's, or all."""
-    return adapter_parameters(model, layout) if model.lora else held_parameters(model, layout)
-
-
-def trained_arrays(model: ModelConfig) -> int:
-    """Their arrays."""
-    return adapter_arrays(model) if model.lora else num_arrays(model)
-
-
-def held_parameters(model: ModelConfig, layout: Layout) -> int:
-    """Parameters stored on one device: matrices over fsdp and tensor, norms on every device."""
-    part = shard(model, layout)
-    width = model.width // layout.fsdp
-    norms = 2 * model.width + (2 * model.head_size if model.qk_norm else 0)
-    biases = (part.query + 2 * part.kv) if model.qkv_bias else 0
-    matrices = 2 * part.query + 2 * part.kv + model.num_experts
-    mlp = (3 if model.gated_mlp else 2) * part.ffw * width
-    if model.num_experts:
-        mlp = held_experts(model, part, layout)
-    outer = (1 if model.tied_embeddings else 2) * part.vocab * width + model.width
-    return outer + model.num_layers * (width * matrices + mlp + norms + biases)
-
-
-def num_arrays(model: ModelConfig) -> int:
-    """Arrays of the parameter tree, whose layers are stacked."""
-    return _layer_arrays(model) + 2 + (0 if model.tied_embeddings else 1)
-
-
-def _layer_arrays(model: ModelConfig) -> int:
-    """Two norms, the matrices, and the optional head norms and biases."""
-    return 2 + _layer_matrices(model) + (2 if model.qk_norm else 0) + (3 if model.qkv_bias else 0)
-
-
-def _layer_matrices(model: ModelConfig) -> int:
-    """q, k, v, attention out, up, down, the gate, and the router."""
-    return (7 if model.gated_mlp else 6) + (1 if model.num_experts else 0)
 
 
 def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
@@ -316,8 +289,14 @@ def _predicting(row_tokens: int, shared: SharedPrompts | None) -> int:
 def _packed_attention(
     part: Shard, layout: Layout, rows: int, tokens: int, shared: SharedPrompts | None
 ) -> Work:
-    """Scores and mix, 4 B T T N' H flops; the float32 scores pass through memory five times."""
-    pairs, _ = attended(tokens, shared)
+    """Scores and mix, 4 B T T N' H flops; the float32 scores pass through memory five times. A kernel
+    writes no scores and leaves out the half that the causal mask hides; keys and values are first repeated
+    for every query head."""
+    pairs, keys = attended(tokens, shared)
+    if not scores_at_once(layout.attention):
+        values = rows * (4 * tokens * part.query + 2 * keys * (part.query + part.kv))
+        half = 2.0 * rows * pairs * part.query
+        return Work(flops=half, hbm_bytes=float(values * layout.compute_bytes), launches=3)
     both = _scores(part, layout, rows, tokens, shared).times(2)
     return both + passes(3 * rows * part.heads * pairs, FLOAT32_BYTES, 3)
 
@@ -325,8 +304,11 @@ def _packed_attention(
 def _scores(
     part: Shard, layout: Layout, rows: int, tokens: int, shared: SharedPrompts | None
 ) -> Work:
-    """One of the two products of attention, 2 B T T N' H flops."""
+    """One of the two products of attention, 2 B T T N' H flops. A kernel makes it again for half of them,
+    inside what else it does."""
     pairs, keys = attended(tokens, shared)
+    if not scores_at_once(layout.attention):
+        return Work(flops=1.0 * rows * pairs * part.query)
     e, scores = layout.compute_bytes, rows * part.heads * pairs
     return Work(
         flops=2.0 * scores * part.query / part.heads,
@@ -345,6 +327,22 @@ def _cached_attention(part: Shard, layout: Layout, rows: int, keys: int) -> Work
     )
     write = passes(2 * rows * cached_bytes(part, layout), 1, 2)
     return streaming(read) + write + passes(4 * scores, FLOAT32_BYTES, 4)
+
+
+def _shared_rows(part: Shard, layout: Layout, slots: int, prefixes: PrefixRows) -> Work:
+    """Every lane's query over its row, whose keys and values are read once for all lanes: 4 R C P N' H
+    flops; then both parts of each slot's attention joined."""
+    rows, tokens = ceil_div(prefixes.rows, layout.row_shards), prefixes.tokens
+    keys, lanes = round_up(tokens, KV_BLOCK_TOKENS), rows * prefixes.lanes
+    scores = lanes * part.heads * keys
+    read = Work(
+        flops=4.0 * scores * part.query / part.heads,
+        hbm_bytes=2.0 * rows * keys * cached_bytes(part, layout),
+        launches=2,
+    )
+    moved = passes(2 * (lanes + slots) * part.query, layout.compute_bytes, 2)
+    join = passes(4 * slots * part.query, FLOAT32_BYTES, 2)
+    return streaming(read) + moved + join + passes(4 * scores, FLOAT32_BYTES, 3)
 
 
 def _embed(tokens: int, part: Shard, layout: Layout) -> Work:

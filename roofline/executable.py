@@ -29,7 +29,7 @@ _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
 _IN_PLACE = frozenset({"dynamic-update-slice", "scatter"})
 _THROUGH = frozenset({"bitcast", "reshape"})
 _DIMS = re.compile(r"(lhs|rhs)_(contracting|batch)_dim(?:ension)?s\"?[=:]?[{:\[]\s*([\"\d,]*)")
-_SCORES = re.compile(r'intermediate_tensor_shape":\{[^}]*?"dimensions":\[([\d",]+)\]')
+_SCORES = re.compile(r'intermediate_tensor_shape":\s*\{[^}]*?"dimensions":\s*\[([\d", ]+)\]')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.config import ModelConfig
+from models.rows import RowAttention
 from roofline.hardware import DTYPE_BYTES
 
 FLOAT32_BYTES = 4
@@ -38,6 +39,8 @@ class Layout:
     snapshot."""
     kv_dtype: str = "float32"
     """Type of cached keys and values."""
+    attention: RowAttention = "blocks"
+    """Program of attention in packed rows and prompts."""
     kv_scale_bytes: int = 0
     """Bytes of the scale that stands beside the cached key, and the value, of each head and token."""
 

@@ -1,7 +1,10 @@
-"""Which machine this is, and where its calibration is kept. Standard library only."""
+"""Which machine this is, how a process is set up on it, and where its calibration is kept. Standard library
+only.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -16,6 +19,12 @@ from roofline.cost import Remat
 
 FORMAT = 3
 """Raised when what a stored calibration means changes; older files are then not found."""
+_VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
+_MALLOC_OPTIONS = (
+    (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own
+    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
+    (-8, 1),  # M_ARENA_MAX: one heap, since only the first may grow without limit
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +51,29 @@ class Workload:
     """Whether log-probabilities under a reference are part of a step."""
     mesh: str = ""
     """Devices of both lanes by axis, where the trainer's own lanes are measured."""
+
+
+def prefer_wide_vectors() -> None:
+    """Let XLA compile for all 512 bits of a CPU's vectors, where it has them and nobody said otherwise.
+
+    Its own choice is 256 bits (benchmarks/LOG.md). Call before jax starts; without effect on accelerators.
+    """
+    flags, info = os.environ.get("XLA_FLAGS", ""), Path("/proc/cpuinfo")
+    if _VECTOR_FLAG not in flags and info.exists() and " avx512f " in info.read_text():
+        os.environ["XLA_FLAGS"] = f"{flags} {_VECTOR_FLAG}=512"
+
+
+def keep_freed_memory(backend: str) -> None:
+    """On a CPU with glibc, let the process keep freed memory instead of giving it back to the system.
+
+    XLA allocates the temporaries of every call anew; as fresh pages they fault one by one, which takes a
+    third of a training step (benchmarks/LOG.md). `backend` is where programs run; not "cpu": nothing is done.
+    """
+    if backend != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    glibc = ctypes.CDLL(None)
+    for option, value in _MALLOC_OPTIONS:
+        glibc.mallopt(option, value)
 
 
 def processor() -> str:

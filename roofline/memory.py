@@ -14,16 +14,16 @@ from __future__ import annotations
 import functools
 
 from models.config import ModelConfig
-from roofline.cost import KV_BLOCK_TOKENS, Remat, held_parameters, trained_parameters
+from models.rows import MAX_SEGMENTS, PrefixRows, scores_at_once
+from roofline.cost import KV_BLOCK_TOKENS, Remat
 from roofline.kernels import FLOAT32_BYTES, Layout, cached_bytes, ceil_div, round_up, shard
+from roofline.parameters import held_parameters, trained_parameters
 from roofline.phases import Phase
 
 HELD = frozenset({
-    "parameters", "adapter", "gradients", "optimizer", "reference", "snapshots", "kv_cache",
+    "parameters", "adapter", "gradients", "optimizer", "reference", "snapshots", "kv_cache", "prefixes",
 })  # fmt: skip
 """Names of what stands before and after a program; the others come and go within one."""
-SCORES_AT_ONCE = 2**20
-"""float32 scores of one block of attention; equals models.layers.SCORES_AT_ONCE."""
 FORWARD_SCORES, BACKWARD_SCORES = 2, 3
 """Arrays of them: the scores and the weights; in backward also the gradient."""
 BACKWARD_SHARE, REMADE_SHARE = 1.9, 0.4
@@ -45,13 +45,15 @@ def memory_per_device(
     chunk_tokens: int = 0,
     slots: int = 0,
     max_len: int = 0,
+    prefixes: PrefixRows | None = None,
     snapshots: int = 0,
 ) -> dict[str, int]:
     """Bytes by name on the busiest device: what stays, and the largest thing that comes and goes.
 
     `trains`: parameters in the stored type, float32 gradients, AdamW's mean and square in float32,
     activations of one micro-batch of [rows, row_tokens] and the logits of `chunk_tokens` tokens (0:
-    of all tokens at once). `slots`, `max_len`: key and value cache of the rollout. `snapshots`:
+    of all tokens at once). `slots`, `max_len`, `prefixes`: key and value cache of the rollout; with
+    `prefixes` max_len is what a slot holds besides its row of them. `snapshots`:
     copies of the weights in the compute type held by the rollout (2 while a new version arrives). Of an
     adapted model the adapter alone has gradients and optimizer state and is what snapshots copy.
 
@@ -74,6 +76,8 @@ def memory_per_device(
         sizes["snapshots"] = _snapshot_bytes(model, layout, snapshots)
     if slots:
         sizes["kv_cache"] = kv_cache_bytes(model, layout, slots, max_len)
+        if prefixes is not None:
+            sizes["prefixes"] = kv_cache_bytes(model, layout, prefixes.rows, prefixes.tokens)
         sizes["step_logits"] = 2 * _local(layout, slots) * model.vocab_size * FLOAT32_BYTES
         sizes["fused_weights"] = _matrix_bytes(model, layout)
     return {name: round(size) for name, size in sizes.items()}
@@ -88,11 +92,13 @@ def program_memory(
     row_tokens: int = 0,
     remat: Remat = "none",
     chunk_tokens: int = 0,
+    prefixes: PrefixRows | None = None,
 ) -> dict[str, int]:
     """Bytes by name on the busiest device while one program of the phase runs, without what only
     other programs use.
 
-    rows and row_tokens are those of the packed batch, of the prompts, or of the slots and their cache.
+    rows and row_tokens are those of the packed batch, of the prompts, or of the slots and their cache
+    (which have `prefixes` besides).
 
     Raises:
         ValueError: a phase that is no program, or a layout that does not divide the model.
@@ -100,7 +106,7 @@ def program_memory(
     of_training = ("parameters", "adapter", "gradients", "optimizer")
     every = memory_per_device(
         model, layout, trains=True, rows=rows, row_tokens=row_tokens, remat=remat,
-        chunk_tokens=chunk_tokens, slots=rows, max_len=row_tokens, snapshots=1,
+        chunk_tokens=chunk_tokens, slots=rows, max_len=row_tokens, prefixes=prefixes, snapshots=1,
     )  # fmt: skip
     tokens = _local(layout, rows) * row_tokens
     match phase:
@@ -109,7 +115,7 @@ def program_memory(
         case Phase.OPTIMIZER:
             names = of_training
         case Phase.DECODE:
-            names = ("snapshots", "kv_cache", "step_logits", "fused_weights")
+            names = ("snapshots", "kv_cache", "prefixes", "step_logits", "fused_weights")
         case Phase.SCORE | Phase.REFERENCE:
             chunk = _chunk(layout, rows, row_tokens, chunk_tokens)
             every["scoring"] = round(_scoring_bytes(model, layout, rows, row_tokens, chunk))
@@ -151,12 +157,14 @@ def _chunk(layout: Layout, rows: int, row_tokens: int, chunk_tokens: int) -> int
 
 def _kept_bytes(model: ModelConfig, layout: Layout, tokens: int, remat: Remat) -> float:
     """Kept for backward: of each layer its input, the attended heads and, where nothing is
-    recomputed, the results of all its weight products but the last."""
+    recomputed, the results of all its weight products but the last; by cuDNN's attention also one
+    float32 log-sum-exp for every segment that a row may have, head and token."""
     part = shard(model, layout)
     values = part.width + part.query
     if remat == "none":
         values += _product_values(model, layout)
-    return float(model.num_layers * tokens * values * layout.compute_bytes)
+    sums = MAX_SEGMENTS * part.heads * FLOAT32_BYTES if layout.attention == "cudnn" else 0
+    return float(model.num_layers * tokens * (values * layout.compute_bytes + sums))
 
 
 def _product_values(model: ModelConfig, layout: Layout) -> int:
@@ -235,17 +243,18 @@ def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: in
 
 def _scores(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:
     """One device's float32 scores of one block of queries: all rows' scores [B, N, T, T] in the fewest
-    equal blocks of at most SCORES_AT_ONCE (models.layers.packed_attention)."""
+    equal blocks of at most `scores_at_once` (models.layers.packed_attention); kernels write none."""
+    most = scores_at_once(layout.attention)
+    if not most:
+        return 0.0
     every = rows * model.num_heads * row_tokens * row_tokens
-    return every / _blocks(every, row_tokens) / (layout.row_shards * layout.tensor)
+    return every / _blocks(every, row_tokens, most) / (layout.row_shards * layout.tensor)
 
 
 @functools.cache
-def _blocks(scores: int, queries: int) -> int:
-    """The least divisor of `queries` that makes blocks of at most SCORES_AT_ONCE."""
-    fitting = (
-        n for n in range(1, queries + 1) if queries % n == 0 and scores <= n * SCORES_AT_ONCE
-    )
+def _blocks(scores: int, queries: int, most: int) -> int:
+    """The least divisor of `queries` that makes blocks of at most `most` scores."""
+    fitting = (n for n in range(1, queries + 1) if queries % n == 0 and scores <= n * most)
     return next(fitting, max(1, queries))
 
 

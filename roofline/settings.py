@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from models.config import ALL_LINEAR, Lora, ModelConfig
-from models.rows import SharedPrompts
+from models.rows import PrefixRows, SharedPrompts
 from roofline import model_zoo
 from roofline.cost import Remat
 from roofline.machine import Workload
@@ -90,6 +90,13 @@ class RolloutSettings:
     max_new_tokens: int = 32
     max_staleness: int = 1
     cache_dtype: str = "auto"
+    shared_prefix: int = 0
+
+    def prefixes(self, group: int) -> PrefixRows | None:
+        """The shared prompts, each for up to `group` slots; None: there are none."""
+        if not self.shared_prefix:
+            return None
+        return PrefixRows(rows=self.shared_prefix, lanes=group, tokens=self.max_prompt_tokens)
 
     def stored_dtype(self, compute: str) -> str:
         """Type of cached keys and values where the model computes in `compute`."""

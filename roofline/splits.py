@@ -213,8 +213,11 @@ def learner_memory(job: Job, layout: Layout, rows: int) -> dict[str, int]:
 
 def rollout_memory(job: Job, layout: Layout, slots: int) -> dict[str, int]:
     """Bytes by name of one rollout device, while a new version arrives."""
+    settings = job.settings
+    prefixes = settings.rollout.prefixes(settings.grpo.group_size)
+    own = settings.max_tokens if prefixes is None else settings.rollout.max_new_tokens
     return memory_per_device(
-        job.model, layout, slots=slots, snapshots=2, max_len=job.settings.max_tokens
+        job.model, layout, slots=slots, snapshots=2, max_len=own, prefixes=prefixes
     )
 
 
@@ -258,8 +261,10 @@ def rollout_times(job: Job, hardware: Hardware, layout: Layout, slots: int) -> R
     """Times of generation on this mesh."""
     settings, rollout = job.settings, job.settings.rollout
     samples, group = settings.samples_per_step, settings.grpo.group_size
-    longest = rollout.max_prompt_tokens + round(job.lengths.expected_max(slots))
-    chunk = cost.decode(job.model, layout, slots, longest, rollout.chunk_steps)
+    prefixes, longest = rollout.prefixes(group), round(job.lengths.expected_max(slots))
+    if prefixes is None:
+        longest += rollout.max_prompt_tokens
+    chunk = cost.decode(job.model, layout, slots, longest, rollout.chunk_steps, prefixes)
     shared = _sharing(hardware, layout)
     step_s = shared * predict(chunk, hardware).expected_s / rollout.chunk_steps
     prompts = settings.grpo.prompts_per_step

@@ -28,6 +28,8 @@ WEIGHTS_PER_LAYER = 4
 STATISTICS = 4
 """Reductions over a split vocabulary of each scored token: the maximum, the sum of exponentials, the
 entropy's sum and the target's logit."""
+SAMPLE_BYTES, COUNTER_BYTES = 9, 4
+"""Of a decode step's token, log-probability and whether it counts; of how many a slot may still sample."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,9 +130,17 @@ def sampling(model: ModelConfig, layout: Layout, rows: int) -> tuple[Collective,
     return _over("all-gather", "tensor", shard(model, layout).vocab_shards, logits)
 
 
+def samples(layout: Layout, rows: int, steps: int) -> tuple[Collective, ...]:
+    """Of what a chunk of `steps` steps sampled for `rows` slots of all devices, gathered for the host."""
+    chunk = rows * (steps * SAMPLE_BYTES + COUNTER_BYTES)
+    return _over("all-gather", "data", layout.row_shards, chunk)
+
+
 def publication(model: ModelConfig, learner: Layout, rollout: Layout) -> tuple[Collective, ...]:
-    """Of the cast weights, gathered over fsdp; the copies to the rollout are none."""
-    whole = model.num_parameters / learner.tensor * rollout.param_bytes
+    """Of the cast weights, gathered over fsdp; the copies to the rollout are none. Of an adapted model the
+    adapter alone."""
+    values = adapter_values(model, learner) if model.lora else model.num_parameters / learner.tensor
+    whole = values * rollout.param_bytes
     return _over("all-gather", "fsdp", learner.fsdp, whole)
 
 

@@ -44,6 +44,8 @@ class Case:
     decode on a CPU blocks. Whole steps (rollout, grpo) take what model.attention=auto would."""
     cache_dtype: str = ""
     """decode: type of the cache as rollout.cache_dtype names it; empty: the compute dtype."""
+    shares: bool = False
+    """decode: a prompt's keys and values stand once for all slots that sample it, not in each."""
 
     @property
     def name(self) -> str:
@@ -56,6 +58,8 @@ class Case:
         if self.remat == "block":
             words.append("remat")
         words += [word for word in (self.attention, self.cache_dtype) if word]
+        if self.shares:
+            words.append("shared")
         if self.kind == "grpo":
             words.append("asynchronous" if self.max_staleness else "synchronous")
         return " ".join(words)
@@ -154,6 +158,9 @@ class Scale:
             Case(kind="decode", model=model, rows=b, tokens=s, attention=name)
             for b, s in shapes
             for name in self.decode_programs
+        ]
+        cases += [
+            Case(kind="decode", model=model, rows=b, tokens=s, shares=True) for b, s in shapes if b > 1
         ]
         b, s = shapes[-1]
         return cases + [

@@ -32,7 +32,7 @@ from jaxrl.weights import WeightStore
 from models.attention import DecodeAttention, decode_by_structure, rows_by_structure
 from models.config import ModelConfig
 from models.decoder import Decoder, prefill
-from models.rows import RowAttention
+from models.rows import PrefixRows, RowAttention
 from models.sharding import init_sharded, make_mesh
 from roofline import cost
 from roofline.kernels import Layout, stored_in
@@ -104,7 +104,7 @@ class Bench:
 
     def engine(
         self, *, slots: int, prompt_tokens: int, new_tokens: int, observer: Observer,
-        attention: str = "", cache_dtype: str = "",
+        attention: str = "", cache_dtype: str = "", prefixes: PrefixRows | None = None,
     ) -> RolloutEngine:  # fmt: skip
         """The sampling engine; no token stops a completion. attention: empty, the fastest one measured."""
         named = RolloutConfig(cache_dtype=cast("Any", cache_dtype or "auto"))
@@ -114,7 +114,7 @@ class Bench:
             self.model, self.mesh, num_slots=slots, max_prompt_tokens=prompt_tokens,
             max_new_tokens=new_tokens, chunk_steps=self.scale.chunk_steps,
             refill_cost_steps=RolloutConfig().refill_cost_steps, num_stop_ids=1, dtype=self.dtype,
-            seed=0, observer=observer, cache_dtype=stored,
+            seed=0, observer=observer, cache_dtype=stored, prefixes=prefixes,
             programs=Programs(
                 prompts=self.row_program, decode=cast("DecodeAttention", program)
             ),
@@ -222,14 +222,15 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
     """
     slots, chunk = case.rows, bench.scale.chunk_steps
     new = 3 * chunk
-    group = min(slots, SAMPLES_PER_PROMPT)
+    group, prompt = min(slots, SAMPLES_PER_PROMPT), case.tokens - new
     watch = Stopwatch()
+    rows = PrefixRows(rows=slots // group, lanes=group, tokens=prompt) if case.shares else None
     engine = bench.engine(
-        slots=slots, prompt_tokens=case.tokens - new, new_tokens=new, observer=watch,
-        attention=case.attention or bench.unmeasured_program, cache_dtype=case.cache_dtype,
+        slots=slots, prompt_tokens=prompt, new_tokens=new, observer=watch, cache_dtype=case.cache_dtype,
+        attention=case.attention or bench.unmeasured_program, prefixes=rows,
     )  # fmt: skip
     snapshot = Snapshot(version=0, policy=bench.policy(bench.dtype))
-    prompts = bench.prompts(slots // group, case.tokens - new)
+    prompts = bench.prompts(slots // group, prompt)
     seen = {"stream": 0, "kv_len": case.tokens}
 
     def before() -> None:
@@ -248,11 +249,12 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
 
     def costs(kv_len: int) -> list[PhaseCost]:
         layout = bench.cache_layout(case.cache_dtype)
-        return [cost.decode(bench.model, layout, slots, kv_len, chunk)]
+        return [cost.decode(bench.model, layout, slots, kv_len, chunk, rows)]
 
+    own = case.tokens - (prompt if case.shares else 0)
     return Prepared(
         once=once, before=before, tokens=slots * chunk,
-        useful=lambda: costs(case.tokens - chunk), executed=lambda: costs(seen["kv_len"]),
+        useful=lambda: costs(own - chunk), executed=lambda: costs(seen["kv_len"]),
         facts=lambda: {"steps": chunk, "keys_read": seen["kv_len"]},
     )  # fmt: skip
 
@@ -340,9 +342,7 @@ def optimizer_case(bench: Bench, case: Case) -> Prepared:
 def _learner_phase(bench: Bench, case: Case, phase: Phase) -> Callable[[], list[float]]:
     """One optimizer step on one micro-batch; the seconds of one phase of it."""
     watch = Stopwatch()
-    learner = bench.learner(
-        watch, remat=case.remat == "block", attention=case.attention or "xla"
-    )
+    learner = bench.learner(watch, remat=case.remat == "block", attention=case.attention or "xla")
     batch = bench.batch(case.rows, case.tokens)
 
     def once() -> list[float]:

@@ -39,7 +39,8 @@ class GrpoConfig:
     length_reward: Literal["none", "soft_overlong", "cosine"] = "none"
     """soft_overlong is added (arXiv:2503.14476 eq. 13); cosine replaces the reward (arXiv:2502.03373)."""
     overlong_buffer: int = 0
-    """soft_overlong: the penalty grows over the last so many tokens before rollout.max_new_tokens."""
+    """soft_overlong: the penalty grows over the last so many tokens before rollout.max_new_tokens; 0: a fifth
+    of them, rounded up (4096 of 20480 in DAPO)."""
     overlong_penalty: float = 1.0
     """soft_overlong: penalty at the limit; 1 in DAPO (rewards of -1 and +1), 0.1 in Magistral."""
     overlong_on: Literal["all", "correct"] = "all"
@@ -135,7 +136,8 @@ class GrpoConfig:
     """Weight of the KL to the reference; 0 keeps no reference."""
     kl_estimator: Literal["k1", "k2", "k3", "k3_straight"] = "k3"
     """Estimator of that KL (Schulman's note; arXiv:2402.03300 eq. 4 is k3). k3_straight has the value of k3
-    and the gradient of k2 (k3+ in verl). As a loss k1 has no gradient in expectation."""
+    and the gradient of k2 (k3+ in verl). As a loss k1 has no gradient in expectation, k2 that of the reverse
+    KL, k3 that of the forward one; in the reward k1 is exact, k2 and k3 are biased."""
     kl_in: Literal["loss", "reward"] = "loss"
     """A term of the loss, or subtracted from the reward: of the whole completion with a group baseline
     (RLOO), of each token otherwise (REINFORCE++, PPO)."""

@@ -5,6 +5,8 @@ Loads no jax.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 from jaxrl.errors import UserError
@@ -13,6 +15,17 @@ if TYPE_CHECKING:  # it calls this file
     from jaxrl.algorithms.config import GrpoConfig
 
 GROUP_BASELINES = ("mean", "leave_one_out")
+_MAY_BE_INFINITE = ("clip_high", "dual_clip", "correction_cap", "mask_high")
+"""Bounds that infinity switches off."""
+_NOT_NEGATIVE = {
+    "overlong_buffer": "0, a fifth of the limit", "overlong_penalty": "1 or 0.1",
+    "repetition_ngram": "0, off", "repetition_penalty": "1", "advantage_eps": "1e-6",
+    "kl_weight": "0.001", "kl_bound": "0, off", "kl_target": "0, off",
+    "reference_refresh_steps": "0, frozen", "refill_rounds": "0 or 10", "off_policy_bound": "0.5",
+    "critic_learning_rate": "1e-5", "critic_warmup_steps": "0", "value_weight": "1",
+    "value_clip": "0.5",
+}  # fmt: skip
+"""Settings that are at least 0, and what is usual."""
 
 
 def _check(holds: bool, message: str) -> None:
@@ -22,13 +35,29 @@ def _check(holds: bool, message: str) -> None:
 
 def check_algorithm(c: GrpoConfig) -> None:
     """Raise UserError for the first contradiction."""
+    _check_numbers(c)
     _check_batch(c)
     _check_rewards(c)
-    _check_votes(c)
+    _check_labels(c)
     _check_advantage(c)
     _check_ratio(c)
     _check_correction(c)
     _check_kl(c)
+
+
+def _check_numbers(c: GrpoConfig) -> None:
+    for item in dataclasses.fields(c):
+        value = getattr(c, item.name)
+        if isinstance(value, float):
+            infinite = value == math.inf and item.name in _MAY_BE_INFINITE
+            _check(
+                math.isfinite(value) or infinite,
+                f"grpo.{item.name}={value} must be a finite number",
+            )
+    for name, usual in _NOT_NEGATIVE.items():
+        value = getattr(c, name)
+        _check(value >= 0, f"grpo.{name}={value} must be at least 0; usual: {usual}")
+    _check(c.kl_horizon >= 1, f"grpo.kl_horizon={c.kl_horizon} must be at least 1; usual: 10000")
 
 
 def _check_batch(c: GrpoConfig) -> None:
@@ -53,9 +82,14 @@ def _check_batch(c: GrpoConfig) -> None:
         "equal rewards has signal there; set grpo.drop_zero_advantage=false, or a group baseline",
     )
     _check(
-        c.refill_rounds >= 0 and (c.refill_rounds == 0 or c.drop_zero_advantage),
-        f"grpo.refill_rounds={c.refill_rounds} must be >= 0, and replaces only groups that "
-        "grpo.drop_zero_advantage=true drops; set that, or grpo.refill_rounds=0",
+        not (c.drop_zero_advantage and c.kl_in == "reward"),
+        "grpo.drop_zero_advantage=true with grpo.kl_in=reward: samples of a group of equal verdicts still "
+        "differ in their KL; set grpo.drop_zero_advantage=false, or grpo.kl_in=loss",
+    )
+    _check(
+        c.refill_rounds == 0 or c.drop_zero_advantage,
+        f"grpo.refill_rounds={c.refill_rounds} replaces only groups that grpo.drop_zero_advantage=true "
+        "drops; set that, or grpo.refill_rounds=0",
     )
     _check(
         c.mask_truncated or not c.count_masked,
@@ -70,38 +104,57 @@ def _check_batch(c: GrpoConfig) -> None:
 
 def _check_rewards(c: GrpoConfig) -> None:
     _check(
-        (c.overlong_buffer > 0) == (c.length_reward == "soft_overlong"),
-        f"grpo.overlong_buffer={c.overlong_buffer} with grpo.length_reward={c.length_reward}: "
-        "soft_overlong needs a buffer of at least 1 token, nothing else uses one",
-    )
-    _check(
-        c.repetition_ngram >= 0,
-        f"grpo.repetition_ngram={c.repetition_ngram} must be >= 0; 0 is off",
+        c.overlong_buffer == 0 or c.length_reward == "soft_overlong",
+        f"grpo.overlong_buffer={c.overlong_buffer} with grpo.length_reward={c.length_reward}: nothing but "
+        "soft_overlong uses a buffer; set grpo.length_reward=soft_overlong, or grpo.overlong_buffer=0",
     )
     _check(c.reward_scale != 0, "grpo.reward_scale=0 leaves no reward; usual: 1")
+    _check(
+        c.length_reward != "cosine" or (c.reward_shift == 0 and c.reward_scale == 1),
+        "grpo.length_reward=cosine replaces the reward, so grpo.reward_shift and grpo.reward_scale would "
+        "change nothing; leave them at 0 and 1, or set grpo.length_reward=none",
+    )
+    below_zero = (
+        c.reward_shift < 0
+        or c.reward_scale < 0
+        or c.length_reward != "none"
+        or c.repetition_ngram > 0
+    )
+    _check(
+        c.advantage_scale != "group_mean" or not below_zero,
+        "grpo.advantage_scale=group_mean divides by the mean reward of a group, which a negative "
+        "reward_shift or reward_scale, a length_reward or a repetition_ngram can make negative; leave those "
+        "out, or set grpo.advantage_scale=group_std",
+    )
 
 
-def _check_votes(c: GrpoConfig) -> None:
-    majority = c.reward_from == "majority"
+def _check_labels(c: GrpoConfig) -> None:
+    """A vote and the controls see no label."""
+    majority, blind = c.reward_from == "majority", c.reward_from != "task"
     _check(
         c.votes_per_prompt == 0 or (majority and c.votes_per_prompt >= c.group_size),
         f"grpo.votes_per_prompt={c.votes_per_prompt} with grpo.reward_from={c.reward_from} and "
         f"grpo.group_size={c.group_size}: votes are for grpo.reward_from=majority, and the group is among "
         "them; set it to 0 or to grpo.group_size or more",
     )
+    _check(
+        not majority or c.samples_per_prompt >= 3,
+        f"grpo.reward_from=majority with {c.samples_per_prompt} votes pays the first sample whatever it "
+        "says; set grpo.votes_per_prompt or grpo.group_size to 3 or more; usual: 64 and 32",
+    )
     for name, value in (
         ("signal_from", c.signal_from), ("keep_samples", c.keep_samples),
         ("overlong_on", c.overlong_on),
     ):  # fmt: skip
         _check(
-            not majority or value != "correct",
-            f"grpo.{name}=correct reads the label, which grpo.reward_from=majority does without; set "
+            not blind or value != "correct",
+            f"grpo.{name}=correct reads the label, which grpo.reward_from={c.reward_from} does without; set "
             f"grpo.{name}={'total' if name == 'signal_from' else 'all'}, or grpo.reward_from=task",
         )
     _check(
-        not majority or c.length_reward != "cosine",
-        "grpo.length_reward=cosine pays by the label, which grpo.reward_from=majority does without; set "
-        "grpo.length_reward=none or soft_overlong",
+        not blind or c.length_reward != "cosine",
+        "grpo.length_reward=cosine pays by the label in place of the reward, and "
+        f"grpo.reward_from={c.reward_from} does without; set grpo.length_reward=none or soft_overlong",
     )
 
 
@@ -118,10 +171,19 @@ def _check_advantage(c: GrpoConfig) -> None:
         f"grpo.advantage_scale={c.advantage_scale} needs one advantage per completion, but rewards per "
         "token give one per token; set grpo.advantage_scale=token_std or none",
     )
-    _check(c.advantage_eps >= 0, f"grpo.advantage_eps={c.advantage_eps} must be >= 0; usual: 1e-6")
     _check(c.advantage_ddof in (0, 1), f"grpo.advantage_ddof={c.advantage_ddof} must be 0 or 1")
     for name in ("gamma", "gae_lambda"):
         _check(0 <= getattr(c, name) <= 1, f"grpo.{name}={getattr(c, name)} must lie in [0, 1]")
+    _check(
+        c.gamma == 1 or not grouped,
+        f"grpo.gamma={c.gamma} discounts rewards token by token, and grpo.advantage_baseline="
+        f"{c.advantage_baseline} compares whole completions; set gamma=1, or the baseline none or value",
+    )
+    _check(
+        c.gae_lambda == 1 or c.advantage_baseline == "value",
+        f"grpo.gae_lambda={c.gae_lambda} mixes a critic's values, and grpo.advantage_baseline="
+        f"{c.advantage_baseline} has no critic; set gae_lambda=1, or grpo.advantage_baseline=value",
+    )
     _check(
         c.entropy_shaping >= 0 and c.entropy_shaping_bound > 1,
         f"grpo.entropy_shaping={c.entropy_shaping} must be >= 0 and grpo.entropy_shaping_bound="
@@ -155,10 +217,11 @@ def _check_ratio(c: GrpoConfig) -> None:
         f"grpo.ratio={c.ratio} is a sequence ratio and needs grpo.aggregation=sequence_mean, "
         f"not {c.aggregation}, which would weigh it by lengths; set that, or a ratio per token: ppo, cispo",
     )
+    per_token = c.token_rewards or c.entropy_shaping > 0 or c.top_entropy_share < 1
     _check(
-        c.ratio != "gspo" or not c.token_rewards,
-        "grpo.ratio=gspo needs one advantage per completion, but the critic or the KL in the reward "
-        "gives one per token; set grpo.ratio=gspo_token",
+        c.ratio != "gspo" or not per_token,
+        "grpo.ratio=gspo needs one advantage per completion, but a critic, the KL in the reward, "
+        "entropy_shaping or top_entropy_share gives one per token; set grpo.ratio=gspo_token",
     )
     _check(
         c.sapo_tau_positive > 0 and c.sapo_tau_negative > 0 and c.dppo_delta > 0,
@@ -182,7 +245,11 @@ def _check_correction(c: GrpoConfig) -> None:
         f"grpo.correction_floor={c.correction_floor} must lie in [0, 1]; usual: 0",
     )
     _check(
-        0 <= c.mask_low <= 1 <= c.mask_high,
+        c.correction != "masked" or c.correction_cap > 1,
+        "grpo.correction=masked with grpo.correction_cap=1 masks all but exact agreement; usual: 5",
+    )
+    _check(
+        0 <= c.mask_low < 1 < c.mask_high,
         f"grpo.mask_low={c.mask_low} and grpo.mask_high={c.mask_high} must lie on either side of 1, the "
         "ratio of equal policies; usual: 0.999 and 1.001 (geometric), 0.5 and 2 (product)",
     )
@@ -194,20 +261,25 @@ def _check_kl(c: GrpoConfig) -> None:
         "grpo.kl_in=reward with grpo.kl_weight=0 subtracts nothing; set a weight, or grpo.kl_in=loss",
     )
     _check(
-        c.kl_in == "loss" or c.kl_estimator == "k1",
-        f"grpo.kl_in=reward with grpo.kl_estimator={c.kl_estimator} has a biased gradient "
-        "(k1 is exact there); set grpo.kl_estimator=k1, or grpo.kl_in=loss",
+        c.kl_in == "loss" or c.kl_estimator != "k3_straight",
+        "grpo.kl_estimator=k3_straight is about gradients, which a reward has none of; set "
+        "grpo.kl_estimator=k1 (exact there), k2 or k3 (biased there), or grpo.kl_in=loss",
+    )
+    _check(
+        c.kl_weight != 0 or not (c.kl_importance or c.kl_bound),
+        "grpo.kl_importance and grpo.kl_bound shape a KL term that grpo.kl_weight=0 leaves out; set a "
+        "weight, or leave them out",
     )
     _check(
         c.kl_in == "loss" or not (c.kl_importance or c.kl_bound),
         "grpo.kl_importance and grpo.kl_bound shape the KL term of the loss; set grpo.kl_in=loss",
     )
     _check(
-        c.kl_target == 0 or (c.kl_target > 0 and c.kl_in == "reward"),
-        f"grpo.kl_target={c.kl_target} must be >= 0 and adapts the KL of grpo.kl_in=reward only",
+        c.kl_target == 0 or c.kl_in == "reward",
+        f"grpo.kl_target={c.kl_target} adapts the KL of grpo.kl_in=reward only; set that, or kl_target=0",
     )
     _check(
-        c.reference_refresh_steps >= 0 and (c.reference_refresh_steps == 0 or c.uses_reference),
+        c.reference_refresh_steps == 0 or c.uses_reference,
         f"grpo.reference_refresh_steps={c.reference_refresh_steps} refreshes a reference that nothing "
         "uses; set grpo.kl_weight or grpo.log_reference, or grpo.reference_refresh_steps=0",
     )

@@ -13,6 +13,7 @@ from typing import Literal, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Estimator = Literal["k1", "k2", "k3", "k3_straight"]
@@ -55,6 +56,23 @@ def kl_estimate(
         return k3(logprobs, reference_logprobs)
     if estimator == "k3_straight":
         return k3_straight(logprobs, reference_logprobs)
+    assert_never(estimator)
+
+
+def host_kl(difference: np.ndarray, estimator: Estimator) -> np.ndarray:
+    """The values of the estimators on the host, for a KL that stands in the reward.
+
+    Args:
+        difference: d, any shape, float64.
+        estimator: k3_straight is k3: a reward has no gradient.
+    """
+    if estimator == "k1":
+        return difference
+    if estimator == "k2":
+        return 0.5 * np.square(difference)
+    if estimator == "k3" or estimator == "k3_straight":
+        minus_d = np.minimum(-difference, MAX_LOG_RATIO)
+        return np.expm1(minus_d) - minus_d
     assert_never(estimator)
 
 

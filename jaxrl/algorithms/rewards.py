@@ -36,7 +36,8 @@ def shaped_rewards(
         rewards = cosine_scaled(lengths, correctness(groups), longest=max_new_tokens)
     elif settings.length_reward == "soft_overlong":
         penalty = soft_overlong(
-            lengths, longest=max_new_tokens, buffer=settings.overlong_buffer,
+            lengths, longest=max_new_tokens,
+            buffer=settings.overlong_buffer or -(-max_new_tokens // 5),
             penalty=settings.overlong_penalty,
         )  # fmt: skip
         pays = correctness(groups) | (settings.overlong_on == "all")

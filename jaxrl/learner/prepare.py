@@ -30,7 +30,7 @@ from jaxrl.algorithms.advantages import (
 from jaxrl.algorithms.aggregation import token_weights
 from jaxrl.algorithms.config import GrpoConfig
 from jaxrl.algorithms.contradictions import GROUP_BASELINES
-from jaxrl.algorithms.kl import adapted_kl_weight
+from jaxrl.algorithms.kl import adapted_kl_weight, host_kl
 from jaxrl.batch import Batch
 from jaxrl.learner.learner import Scores
 from jaxrl.packing import PackingStats, TrainSequence, groups_to_sequences, pack, unpack
@@ -106,7 +106,7 @@ def prepare(
         sequences = _whitened(sequences, settings.advantage_ddof)
     kept = [s.loss_mask for s in sequences]
     if sequences and settings.top_entropy_share < 1:
-        sequences, kept, curves = _only_high_entropy(sequences, settings)
+        kept, curves = _high_entropy(sequences, settings)
         metrics |= curves
     packed = [
         rows.pack(chosen) for chosen in _minibatches(sequences, kept, settings, rows.max_new_tokens)
@@ -156,7 +156,8 @@ def _rewarded(
 ) -> tuple[list[TrainSequence], Curves]:
     """Advantages from rewards in which the KL stands, or from a critic."""
     kl = [
-        _kl_of(s) if settings.kl_in == "reward" else np.zeros(s.loss_mask.sum()) for s in sequences
+        _kl_of(s, settings) if settings.kl_in == "reward" else np.zeros(s.loss_mask.sum())
+        for s in sequences
     ]
     totals = np.array([k.sum() for k in kl])
     curves = {"reward/kl": float(totals.mean()), "reward/kl_weight": kl_weight}
@@ -177,12 +178,13 @@ def _rewarded(
     return made, curves
 
 
-def _kl_of(sequence: TrainSequence) -> np.ndarray:
-    """log learner - log reference of the loss tokens, k1."""
+def _kl_of(sequence: TrainSequence, settings: GrpoConfig) -> np.ndarray:
+    """The estimate of each loss token, of the learner against the reference."""
     learner, reference = sequence.learner_logprobs, sequence.reference_logprobs
     if learner is None or reference is None:
         raise ValueError("kl_in=reward needs scores under the learner and under the reference")
-    return (learner - reference)[sequence.loss_mask].astype(np.float64)
+    difference = (learner - reference)[sequence.loss_mask].astype(np.float64)
+    return host_kl(difference, settings.kl_estimator)
 
 
 def _of_groups(
@@ -228,23 +230,18 @@ def _whitened(sequences: list[TrainSequence], ddof: int) -> list[TrainSequence]:
     return [_with(s, part[s.loss_mask]) for s, part in zip(sequences, parts, strict=True)]
 
 
-def _only_high_entropy(
+def _high_entropy(
     sequences: list[TrainSequence], settings: GrpoConfig
-) -> tuple[list[TrainSequence], list[np.ndarray], Curves]:
-    """No advantage on tokens of low entropy; also the tokens kept, and the threshold."""
+) -> tuple[list[np.ndarray], Curves]:
+    """The tokens of high entropy of each sequence, and the threshold."""
     mask = np.concatenate([s.loss_mask for s in sequences])
     entropy = np.concatenate([_entropy_of(s) for s in sequences])
     flags = high_entropy_mask(entropy, mask, settings.top_entropy_share)
     kept = np.split(flags, np.cumsum([len(s.tokens) for s in sequences])[:-1])
-    masked = [
-        replace(s, advantages=np.where(k, s.advantages, np.float32(0)))
-        for s, k in zip(sequences, kept, strict=True)
-    ]
-    curves = {
+    return kept, {
         "filter/entropy_threshold": float(entropy[flags].min()),
         "filter/frac_tokens_kept": float(flags.sum() / mask.sum()),
     }
-    return masked, kept, curves
 
 
 def _entropy_of(sequence: TrainSequence) -> np.ndarray:
@@ -259,7 +256,8 @@ def _minibatches(
     settings: GrpoConfig,
     max_new_tokens: int,
 ) -> list[list[TrainSequence]]:
-    """Whole groups, about equally many in each, with the minibatch's own spread and denominators."""
+    """Whole groups, about equally many in each, with the minibatch's own spread and denominators; only the
+    tokens `kept` have advantages, which are standardised before."""
     groups = np.array([s.group for s in sequences])
     of_kept = settings.top_entropy_denominator == "kept"
     made = []
@@ -273,6 +271,11 @@ def _minibatches(
             chosen = _weighed(chosen, masks, settings, max_new_tokens)
         if settings.advantage_scale == "minibatch_std":
             chosen = _standardised(chosen, settings)
+        if settings.top_entropy_share < 1:
+            chosen = [
+                replace(s, advantages=np.where(kept[n], s.advantages, np.float32(0)))
+                for n, s in zip(where, chosen, strict=True)
+            ]
         made.append(chosen)
     return made
 

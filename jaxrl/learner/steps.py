@@ -19,11 +19,10 @@ from jaxrl.algorithms.loss_metrics import LossMetrics, keep, merge_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.learner.critic import ActorCritic, values_of
-from models.attention import RowAttention
 from models.decoder import Decoder, Policy, hidden_states
 from models.head import target_logprobs
 from models.lora import AdaptedDecoder
-from models.rows import SharedPrompts
+from models.rows import RowAttention, SharedPrompts
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +49,7 @@ class ForwardSettings:
     remat: bool
     shared: SharedPrompts | None = None
     """How the rows of a batch with prefix_ids are divided."""
-    attention: RowAttention = "xla"
+    attention: RowAttention = "blocks"
 
 
 def whole(trained: Any, frozen: Decoder | None) -> Any:

@@ -123,6 +123,7 @@ def make_score(wall_s: float, adaptive: bool) -> Callable[[str, str, Mapping[str
 
 def read_tests(row: Mapping[str, Any]) -> CodeTests:
     """The tests in a row. Raises: UserError if it has none of the three shapes, or no test."""
+    row = {key: value for key, value in row.items() if value is not None}  # parquet's empty columns
     if "inputs" in row and "outputs" in row:
         given, expected = _texts(row, "inputs"), _texts(row, "outputs")
         if len(given) != len(expected):

@@ -18,6 +18,8 @@ import importlib
 import importlib.util
 import inspect
 import math
+import re
+import resource
 import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
@@ -27,6 +29,7 @@ from typing import Any
 from jaxrl.errors import UserError
 from jaxrl.types import Reward
 
+_PART = re.compile(r"[A-Za-z0-9_.@-]+")
 _FORM = "write my_rewards.py:score or package.module:score"
 
 
@@ -56,6 +59,15 @@ def check_custom(spec: str) -> None:
             f"task.verifier={spec}: Python finds no module {where}; install it, start from the "
             "folder that holds it, or name its file: folder/my_rewards.py:score"
         )
+
+
+def limit_allocations(gib: float) -> None:
+    """Bound what this process may allocate, for good: heap and private memory, not mapped files, so that
+    libraries that only reserve addresses load. For verifier processes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    most = int(gib * 2**30)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def load_custom(spec: str) -> Callable[[str, str, Mapping[str, Any]], Reward]:
@@ -104,12 +116,18 @@ def _reward(value: object, spec: str) -> Reward:
         return Reward(total=total, parts={"score": total}, correct=total >= 1)
     if not value:
         raise ValueError(f"{spec} returned an empty mapping; name at least one part")
+    if wrong := [name for name in value if not _PART.fullmatch(str(name))]:
+        raise ValueError(
+            f"{spec} named a part {wrong[0]!r}, which cannot name a curve; use letters, digits and _ . @ -"
+        )
     parts = {str(name): _finite(part, f"{spec}, part {name!r},") for name, part in value.items()}
     total = parts.pop("reward") if "reward" in parts else sum(parts.values())
     return Reward(total=total, parts=parts, correct=parts.get("correct", total) >= 1)
 
 
-def _finite(value: object, what: str) -> float:
+def _finite(value: Any, what: str) -> float:
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # a scalar of numpy, torch or jax
     if not isinstance(value, Real):
         raise TypeError(
             f"{what} returned {value!r} of type {type(value).__name__}; "

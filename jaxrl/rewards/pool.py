@@ -6,7 +6,8 @@
 
 A chunk holds as many items as are expected to take 50 ms, so quick verifiers cost one message per
 group and slow ones use all workers. A thread waits at most `timeout_s` for its worker's answer;
-nobody waits for the threads but whoever asks a future for its result.
+nobody waits for the threads but whoever asks a future for its result. What is not urgent is judged while
+nothing urgent waits.
 - Chunk too slow: the worker is killed and the items go again, one by one. An item that alone takes
   longer than `timeout_s` gets reward 0 and is counted; so no item is condemned for its neighbours.
 - Worker died: the items go again, one by one. An item that then costs two workers is an error.
@@ -16,6 +17,7 @@ nobody waits for the threads but whoever asks a future for its result.
 from __future__ import annotations
 
 import collections
+import itertools
 import queue
 import threading
 import time
@@ -44,8 +46,9 @@ _SMOOTHING = 0.1
 """Weight of the newest chunk in the running mean of an item's duration."""
 
 
-class VerifierError(RuntimeError):
-    """A verifier raised, died or could not start; the text has the problem and the traceback."""
+class VerifierError(UserError):
+    """A verifier raised, died or could not start; the text has the problem and the verifier's traceback,
+    which is what its author needs: programs print no other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +79,7 @@ class _Group:
     """One submission: its future resolves when every item has a reward."""
 
     items: Sequence[Item]
+    urgent: bool = True
     rewards: dict[int, Reward] = field(default_factory=dict)
     submitted_s: float = field(default_factory=time.perf_counter)
     future: Future[list[Reward]] = field(default_factory=Future)
@@ -149,7 +153,8 @@ class RewardPool:
         self._starts = [_Group(items=()) for _ in range(workers)]  # resolved when a worker is ready
         self._open: set[_Group] = set(self._starts)
         self._processes: dict[int, WorkerProcess] = {}
-        self._chunks: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._chunks: queue.PriorityQueue[tuple[int, int, _Chunk | None]] = queue.PriorityQueue()
+        self._arrivals = itertools.count()
         self._late: queue.SimpleQueue[_Late | None] = queue.SimpleQueue()
         self._inline = workers == 0
         self._threads = [
@@ -181,15 +186,17 @@ class RewardPool:
         return single
 
     def submit_many(
-        self, items: Sequence[tuple[Problem, str, bool] | tuple[Problem, str, bool, int]]
-    ) -> Future[list[Reward]]:
+        self, items: Sequence[tuple[Problem, str, bool] | tuple[Problem, str, bool, int]], *,
+        urgent: bool = True,
+    ) -> Future[list[Reward]]:  # fmt: skip
         """Verify (problem, completion text, finished, and for rewards that count them, tokens) each;
         rewards in the same order.
 
         The future raises VerifierError if the verifier does; it cannot be cancelled, and its
-        callbacks run in a thread of the pool. Raises: RuntimeError after `close`.
+        callbacks run in a thread of the pool. urgent=False: after all urgent items that wait.
+        Raises: RuntimeError after `close`.
         """
-        group = _Group(items=[Item(*item[:3], *item[3:]) for item in items])
+        group = _Group(items=[Item(*item[:3], *item[3:]) for item in items], urgent=urgent)
         group.future.set_running_or_notify_cancel()
         with self._lock:
             if self._stop.is_set():
@@ -202,8 +209,13 @@ class RewardPool:
             self._judge_inline(_Chunk(group=group, indices=everything))
         else:
             for start in range(0, len(items), size):
-                self._chunks.put(_Chunk(group=group, indices=everything[start : start + size]))
+                self._enqueue(_Chunk(group=group, indices=everything[start : start + size]))
         return group.future
+
+    def _enqueue(self, chunk: _Chunk | None) -> None:
+        """None ends a thread, before anything else."""
+        order = -1 if chunk is None else int(not chunk.group.urgent)
+        self._chunks.put((order, next(self._arrivals), chunk))
 
     def stats(self) -> RewardStats:
         """Counters and latencies so far; latencies are 0 before the first result."""
@@ -229,7 +241,7 @@ class RewardPool:
             unfinished = list(self._open)
         self._late.put(None)
         for _ in self._threads:
-            self._chunks.put(None)
+            self._enqueue(None)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -280,7 +292,7 @@ class RewardPool:
             except Exception:  # such as an item that cannot be pickled: the thread must live on
                 self._fail(chunk.group, VerifierError(traceback.format_exc()))
                 process = _discarded(process)
-            chunk = self._chunks.get()
+            chunk = self._chunks.get()[-1]
         _discarded(process)
 
     def _start(self, lane: int) -> WorkerProcess:
@@ -316,9 +328,9 @@ class RewardPool:
         with self._lock:
             self._retries += len(chunk.indices)
         if not chunk.indices:  # a start
-            self._chunks.put(chunk)
+            self._enqueue(chunk)
         for i in chunk.indices:
-            self._chunks.put(_Chunk(group=chunk.group, indices=[i], deaths=deaths))
+            self._enqueue(_Chunk(group=chunk.group, indices=[i], deaths=deaths))
 
     def _take(self, chunk: _Chunk, verdicts: Sequence[Verdict]) -> None:
         """Hand verdicts to their group, or the first error among them."""
@@ -362,8 +374,9 @@ class RewardPool:
 
     def _error(self, item: Item, what: str) -> VerifierError:
         return VerifierError(
-            f"task {self._task.name}, problem {item.problem.id}\n  prompt {item.problem.prompt!r}\n"
-            f"  completion {item.completion[:500]!r}\n  row {dict(item.problem.row)!r:.500}\n{what}"
+            f"the verifier of task {self._task.name} failed on problem {item.problem.id}\n"
+            f"  prompt {item.problem.prompt!r}\n  completion {item.completion[:500]!r}\n"
+            f"  row {dict(item.problem.row)!r:.500}\n{what}"
         )
 
 

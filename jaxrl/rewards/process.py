@@ -16,7 +16,7 @@ _PROGRAM = "from jaxrl.rewards.worker import main; main({})"
 
 
 class StartError(RuntimeError):
-    """The process could not build its task; the text is its traceback."""
+    """The process could not build its task; the text is the user's error, or its traceback."""
 
 
 class WorkerProcess:

@@ -28,15 +28,6 @@ def soft_length_penalty(num_tokens: int, max_tokens: int, soft_tokens: int) -> f
     return -min(max(over / soft_tokens, 0.0), 1.0)
 
 
-def dapo_reward(correct: bool, length_penalty: float) -> Reward:
-    """+1 or -1, plus the penalty (arXiv:2503.14476 section 3.4): total in [-2, 1].
-
-    length_penalty: of `soft_length_penalty`. Parts: `outcome`, `length`; they add up to the total.
-    """
-    parts = {"outcome": 1.0 if correct else -1.0, "length": length_penalty}
-    return Reward(total=sum(parts.values()), parts=parts, correct=correct)
-
-
 def magistral_reward(
     formatted: bool, correct: bool, length_penalty: float, same_language: bool
 ) -> Reward:

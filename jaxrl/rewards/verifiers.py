@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
-from jaxrl.rewards.custom import check_custom, load_custom
+from jaxrl.rewards.custom import check_custom, limit_allocations, load_custom
 from jaxrl.rewards.similarity import score_similarity
 from jaxrl.types import Problem, Reward
 
@@ -33,9 +33,10 @@ class Verifier:
     """A verifier by name."""
 
     def __init__(
-        self, name: str, *, code_wall_s: float = 10.0, code_adaptive: bool = False
-    ) -> None:
-        """code_wall_s, code_adaptive: see TaskConfig.
+        self, name: str, *, code_wall_s: float = 10.0, code_adaptive: bool = False,
+        memory_gib: float = 8.0,
+    ) -> None:  # fmt: skip
+        """code_wall_s, code_adaptive, memory_gib (reward_memory_gib): see TaskConfig.
 
         Raises: UserError if there is none of that name; what it needs is imported by `load`.
         """
@@ -43,6 +44,7 @@ class Verifier:
             check_custom(name)
         self._name = name
         self._code_limits = (code_wall_s, code_adaptive)
+        self._memory_gib = memory_gib
         self._score: Score | None = None
 
     def load(self) -> None:
@@ -53,6 +55,9 @@ class Verifier:
         if self._name == "code":
             module = importlib.import_module("jaxrl.rewards.code")
             self._score = module.make_score(*self._code_limits)
+        elif self._name not in _BUILT_IN:
+            limit_allocations(self._memory_gib)
+            self._score = load_custom(self._name)
         else:
             self._score = _load(self._name)
 
@@ -78,18 +83,19 @@ def _load(name: str) -> Score:
         return score_exact
     if name == "similarity":
         return score_similarity
-    if name == "math":
-        # gmpy2, where installed, ends the process instead of raising MemoryError.
-        os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")
-        module = importlib.import_module("jaxrl.rewards.math")
-        module.limit_memory()
-        return module.score_math
-    return load_custom(name)
+    # gmpy2, where installed, ends the process instead of raising MemoryError.
+    os.environ.update(SYMPY_GROUND_TYPES="python", MPMATH_NOGMPY="1")
+    module = importlib.import_module("jaxrl.rewards.math")
+    module.limit_memory()
+    return module.score_math
 
 
 def configured(config: TaskConfig, name: str) -> Verifier:
     """The verifier `name` with the limits of the configuration."""
-    return Verifier(name, code_wall_s=config.code_wall_s, code_adaptive=config.code_adaptive)
+    return Verifier(
+        name, code_wall_s=config.code_wall_s, code_adaptive=config.code_adaptive,
+        memory_gib=config.reward_memory_gib,
+    )  # fmt: skip
 
 
 class VerifierTask:

@@ -15,11 +15,12 @@ from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from jaxrl.config import TaskConfig
+from jaxrl.errors import UserError
 from jaxrl.tasks.base import IsolatedTask, ShapedTask, Task
 from jaxrl.types import Problem, Reward
 
 READY = "ready"
-"""First answer of a worker that has built its task; otherwise it is a traceback."""
+"""First answer of a worker that has built its task; otherwise it says what is wrong."""
 
 
 class Item(NamedTuple):
@@ -50,13 +51,13 @@ class Verdict(NamedTuple):
 
 
 def judge(task: Task, item: Item) -> Verdict:
-    """Verify one item; an exception becomes part of the verdict, whatever it is."""
+    """Verify one item; an exception becomes part of the verdict, whatever it is, sys.exit included."""
     start_s = time.perf_counter()
     try:
         reward = task.verify(item.problem, item.completion, item.finished)
         if isinstance(task, ShapedTask):
             reward = task.shape(item.problem, item.completion, item.num_tokens, reward)
-    except Exception:
+    except (Exception, SystemExit):
         return Verdict(None, traceback.format_exc(), time.perf_counter() - start_s)
     return Verdict(reward, "", time.perf_counter() - start_s)
 
@@ -71,6 +72,9 @@ def main(file_descriptor: int) -> None:
             task = setup.make(setup.config, setup.seed)
             if isinstance(task, IsolatedTask):
                 task.load_verifier()
+        except UserError as error:
+            pipe.send(str(error))
+            return
         except Exception:
             pipe.send(traceback.format_exc())
             return

@@ -2,7 +2,8 @@
 
     submit(request)                 any number of samples of one prompt, queued
     run_chunk(snapshot)             1 free slots take queued samples; a prompt is prefilled once and its
-                                      keys and values are copied to every slot that samples it
+                                      keys and values are copied to every slot that samples it, or to a row
+                                      that these slots share
                                     2 one jitted loop of decode steps over all slots; it ends early when
                                       samples wait and idle slots have cost as much as refilling them will
                                     3 finished completions are returned, their slots are free again
@@ -25,8 +26,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxrl.attention import ON_CPU, Programs
 from jaxrl.devices import decode_options
 from jaxrl.observe import Observer
+from jaxrl.rollout.admission import (
+    Entering,
+    Prefilled,
+    Request,
+    SamplingParams,
+    admission_of,
+    pad_prompts,
+    seats_of,
+)
+from jaxrl.rollout.prefix_rows import RowTable
 from jaxrl.rollout.sampling import (
-    Admission,
     Chunk,
     Slots,
     admit,
@@ -40,32 +50,12 @@ from jaxrl.types import Completion, Finish, Snapshot
 from models.cache import KVCache, join_cache, split_cache
 from models.config import ModelConfig
 from models.decoder import prefill
+from models.rows import PrefixRows
 
-SMALLEST_BUCKET = 8
-"""Prompt lengths and prompt counts are padded to powers of two from here (counts from 1)."""
+__all__ = ["NO_BUDGET", "Request", "RolloutEngine", "SamplingParams"]
+
 NO_BUDGET = np.iinfo(np.int32).max
 """Idle slot-steps when there is nothing to refill slots with."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How the samples of a request are drawn."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    max_new_tokens: int
-    stop_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """Samples `sample_indices` of one prompt. `stream` names the prompt's random stream within the run."""
-
-    stream: int
-    prompt: tuple[int, ...]
-    sample_indices: tuple[int, ...]
-    params: SamplingParams
 
 
 @dataclass(slots=True)
@@ -75,19 +65,10 @@ class _Live:
     request: Request
     sample_index: int
     length: int  # prompt and generated tokens
+    start: int  # of these, the ones before the slot's own cache
     tokens: list[np.ndarray] = field(default_factory=list)  # of each chunk
     logprobs: list[np.ndarray] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefilled:
-    """Distinct prompts, right-padded; their keys and values under the weights in use, once made."""
-
-    keys_values: tuple[jax.Array, jax.Array] | None
-    prompts: Any  # [P, T] int32
-    lengths: Any  # [P] int32
-    row_of: dict[int, int]  # stream -> row
 
 
 class RolloutEngine:
@@ -98,8 +79,10 @@ class RolloutEngine:
         max_new_tokens: int, chunk_steps: int, refill_cost_steps: float, num_stop_ids: int,
         dtype: jnp.dtype, seed: int, kv_on_swap: str = "keep", observer: Observer,
         cache_dtype: jnp.dtype | None = None, programs: Programs = ON_CPU,
+        prefixes: PrefixRows | None = None,
     ) -> None:  # fmt: skip
-        """cache_dtype: None, as `dtype`."""
+        """cache_dtype: None, as `dtype`. prefixes: rows for prompts that slots share; the mesh divides them
+        as it divides the slots. None: every slot has its own copy."""
         self.num_slots = num_slots
         self._mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
@@ -113,14 +96,18 @@ class RolloutEngine:
         self._root = jax.device_put(jax.random.key_data(jax.random.key(seed)), self._host)
         self._queue: deque[tuple[Request, int]] = deque()
         self._live: dict[int, _Live] = {}
-        self._kept: _Prefilled | None = None
+        self._kept: Prefilled | None = None
+        self._own_tokens = self.max_tokens if prefixes is None else max_new_tokens
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._rows = None if prefixes is None else RowTable(prefixes, num_slots, devices)
         self._version: int | None = None
 
         slots = partial(
-            empty_slots, config, num_slots=num_slots, max_tokens=self.max_tokens,
+            empty_slots, config, num_slots=num_slots, max_tokens=self._own_tokens,
             num_stop_ids=num_stop_ids, cache_dtype=cache_dtype or dtype, attention=programs.decode,
+            prefixes=prefixes,
         )  # fmt: skip
-        shardings = slot_shardings(config, mesh)
+        shardings = slot_shardings(config, mesh, shares=prefixes is not None)
         self.places = shardings  # of `slots`, a tree prefix
         self._slots = jax.jit(slots, out_shardings=shardings)()
         self._prefill = jax.jit(partial(prefill, dtype=dtype, attention=programs.prompts))
@@ -177,7 +164,7 @@ class RolloutEngine:
                 f"prompt of {len(request.prompt)} tokens; this engine takes 1 to {self.max_prompt_tokens}; "
                 "raise rollout.max_prompt_tokens"
             )
-        room = self.max_tokens - len(request.prompt)
+        room = min(self._own_tokens, self.max_tokens - len(request.prompt))
         if not 1 <= request.params.max_new_tokens <= room:
             raise ValueError(
                 f"max_new_tokens={request.params.max_new_tokens} after a prompt of {len(request.prompt)} "
@@ -194,7 +181,7 @@ class RolloutEngine:
         queued = [entry for entry in self._queue if entry[0].stream in streams]
         self._queue = deque(entry for entry in self._queue if entry[0].stream not in streams)
         freed = [slot for slot, live in self._live.items() if live.request.stream in streams]
-        tokens = sum(sum(map(len, self._live.pop(slot).tokens)) for slot in freed)
+        tokens = sum(sum(map(len, self._release(slot).tokens)) for slot in freed)
         if freed:
             flags = np.isin(np.arange(self.num_slots), freed)
             remaining = self._idle(self._slots.remaining, jax.device_put(flags, self._host))
@@ -227,80 +214,81 @@ class RolloutEngine:
         if snapshot.version == self._version:
             return
         self._kept = None  # prefilled under the old weights
+        if self._rows is not None:
+            self._rows.forget()
         if self._recomputes and self._live and self._version is not None:
             needed, rest = self._split_slots(0)
-            self._slots = _with_cache(
-                self._recompute(snapshot.policy, needed, tokens=needed.cache.max_tokens), rest
-            )
+            tokens = needed.cache.max_tokens
+            if needed.prefixes is not None:
+                tokens += needed.prefixes.cache.max_tokens
+            self._slots = _whole(self._recompute(snapshot.policy, needed, tokens=tokens), rest)
         self._version = snapshot.version
 
     def _refill(self, snapshot: Snapshot) -> None:
         free = [slot for slot in range(self.num_slots) if slot not in self._live]
-        entering = [(slot, *self._queue.popleft()) for slot in free[: len(self._queue)]]
+        if self._rows is not None:
+            self._refill_sharing(snapshot, self._rows, free)
+            return
+        entering = [Entering(slot, *self._queue.popleft()) for slot in free[: len(self._queue)]]
         if not entering:
             return
-        self._live |= {slot: _Live(r, i, len(r.prompt)) for slot, r, i in entering}
         kept = self._kept
-        known = [e for e in entering if kept is not None and e[1].stream in kept.row_of]
-        new = [e for e in entering if kept is None or e[1].stream not in kept.row_of]
+        known = [e for e in entering if kept is not None and e.request.stream in kept.row_of]
+        new = [e for e in entering if kept is None or e.request.stream not in kept.row_of]
         if kept is not None and known:
             self._enter(snapshot, kept, known)
         if new:
-            kept = self._enter(snapshot, _pad_prompts(new, self.max_prompt_tokens), new)
+            kept = self._enter(snapshot, pad_prompts(new, self.max_prompt_tokens), new)
         waits = self._queue and kept is not None and self._queue[0][0].stream in kept.row_of
         self._kept = kept if waits else None
 
+    def _refill_sharing(self, snapshot: Snapshot, rows: RowTable, free: Sequence[int]) -> None:
+        """Samples enter in turn; the first without a row for its prompt waits, and the others behind it."""
+        entering: list[Entering] = []
+        for slot in free:
+            seat = rows.seat(self._queue[0][0].stream, slot) if self._queue else None
+            if seat is not None:
+                entering.append(Entering(slot, *self._queue.popleft(), *seat))
+        filling = {one.request.stream for one in entering if one.fills}
+        for fills in (False, True):
+            some = [one for one in entering if (one.request.stream in filling) == fills]
+            if some:
+                self._enter(snapshot, pad_prompts(some, self.max_prompt_tokens), some)
+
     def _enter(
-        self, snapshot: Snapshot, source: _Prefilled, entering: Sequence[tuple[int, Request, int]]
-    ) -> _Prefilled:
-        """Prefill the prompts if they are not yet, copy them into slots and start their samples."""
-        admission = self._admission(source.row_of, entering)
+        self, snapshot: Snapshot, source: Prefilled, entering: Sequence[Entering]
+    ) -> Prefilled:
+        """Prefill the prompts if they are nowhere yet, copy them to where slots read them and start their
+        samples."""
+        admission = admission_of(
+            source.row_of, entering, num_slots=self.num_slots, num_stop_ids=self._num_stop_ids
+        )
+        seats, copies = None, len(entering)
+        if self._rows is not None:
+            seats, copies = seats_of(source.row_of, entering, self._rows.members)
+            seats = jax.device_put(seats, self._host)
         traced, rows = self.trace_count, 0
         with self._observer.prefill(version=snapshot.version) as work:
             if source.keys_values is None:
-                rows = source.prompts.shape[0]
                 prompts, lengths = jax.device_put((source.prompts, source.lengths), self._host)
-                source = _Prefilled(
-                    self._prefill(snapshot.policy, prompts), prompts, lengths, source.row_of
-                )
+                made = None
+                if copies:
+                    rows, made = prompts.shape[0], self._prefill(snapshot.policy, prompts)
+                source = Prefilled(made, prompts, lengths, source.row_of)
             self._slots = self._admit(
                 self._slots, source.keys_values, source.prompts, source.lengths,
-                jax.device_put(admission, self._host), self._root,
+                jax.device_put(admission, self._host), self._root, seats,
             )  # fmt: skip
             jax.block_until_ready(self._slots.positions)
             work.update(
-                prompts=rows, tokens=source.prompts.shape[1], samples=len(entering),
+                prompts=rows, tokens=source.prompts.shape[1], samples=copies,
                 compiled=self.trace_count - traced,
             )  # fmt: skip
+        for one in entering:
+            length = len(one.request.prompt)
+            start = 0 if self._rows is None else length - 1
+            self._live[one.slot] = _Live(one.request, one.sample_index, length, start)
         return source
-
-    def _admission(
-        self, row_of: dict[int, int], entering: Sequence[tuple[int, Request, int]]
-    ) -> Admission:
-        """The entering samples as arrays, padded to a power of two."""
-        slots, requests, indices = zip(*entering, strict=True)
-        padding = _bucket(len(entering), SMALLEST_BUCKET) - len(entering)
-        params = [request.params for request in requests]
-        stop_ids = [p.stop_ids + (-1,) * (self._num_stop_ids - len(p.stop_ids)) for p in params]
-
-        def column(values: Sequence[Any], dtype: type, fill: int = 0) -> np.ndarray:
-            return np.array([*values, *[fill] * padding], dtype)
-
-        return Admission(
-            slots=column(slots, np.int32, self.num_slots),  # past the end: dropped
-            rows=column([row_of[r.stream] for r in requests], np.int32),
-            stream=np.stack(
-                [column([r.stream for r in requests], np.uint32), column(indices, np.uint32)],
-                axis=1,
-            ),
-            max_new_tokens=column([p.max_new_tokens for p in params], np.int32),
-            temperature=column([p.temperature for p in params], np.float32, 1),
-            top_p=column([p.top_p for p in params], np.float32, 1),
-            top_k=column([p.top_k for p in params], np.int32),
-            stop_ids=np.array(
-                [*stop_ids, *[(-1,) * self._num_stop_ids] * padding], np.int32
-            ).reshape(-1, self._num_stop_ids),
-        )
 
     def _decode_live(self, snapshot: Snapshot, more_waits: bool) -> Chunk:
         params = [live.request.params for live in self._live.values()]
@@ -310,12 +298,12 @@ class RolloutEngine:
             slots, on_device = self._decode(
                 snapshot.policy,
                 needed,
-                np.int32(self._refill_cost if more_waits else NO_BUDGET),
+                np.int32(self._refill_cost if more_waits and self._has_room else NO_BUDGET),
                 steps=self.chunk_steps,
                 filtered=any(p.top_p < 1 or p.top_k > 0 for p in params),
                 greedy=any(p.temperature == 0 for p in params),
             )
-            self._slots = _with_cache(slots, rest)
+            self._slots = _whole(slots, rest)
             chunk: Chunk = jax.device_get(on_device)
             work.update(
                 kv_len=needed.cache.max_tokens,
@@ -323,6 +311,8 @@ class RolloutEngine:
                 tokens=int(chunk.sampled.sum()),
                 compiled=self.trace_count - traced,
             )
+            if needed.prefixes is not None:
+                work["prefix_len"] = needed.prefixes.cache.max_tokens
         return chunk
 
     def _collect(self, chunk: Chunk, version: int) -> list[tuple[Request, Completion]]:
@@ -338,20 +328,44 @@ class RolloutEngine:
             live.versions.append(version)
             live.length += count
             if ended[slot]:
-                del self._live[slot]
+                self._release(slot)
                 finished.append((live.request, _completion(live)))
         return finished
 
-    def _split_slots(self, steps: int) -> tuple[Slots, KVCache]:
-        """The slots with as much of the cache as `steps` more tokens of every sequence need, and the rest."""
-        longest = max(live.length for live in self._live.values())
-        needed, rest = split_cache(self._slots.cache, longest + steps)
-        return replace(self._slots, cache=needed), rest
+    @property
+    def _has_room(self) -> bool:
+        """Whether a slot that falls free could take a waiting sample."""
+        rows = self._rows
+        if rows is None or rows.has_room:
+            return True
+        return bool(self._queue) and rows.has_lane(self._queue[0][0].stream)
+
+    def _release(self, slot: int) -> _Live:
+        """Take the sample out of its slot, and out of the row it shares."""
+        if self._rows is not None:
+            self._rows.leave(slot)
+        return self._live.pop(slot)
+
+    def _split_slots(self, steps: int) -> tuple[Slots, tuple[KVCache, KVCache | None]]:
+        """The slots with as much of the caches as `steps` more tokens of every sequence need, and the rest."""
+        alive = self._live.values()
+        needed, rest = split_cache(
+            self._slots.cache, max(live.length - live.start for live in alive) + steps
+        )
+        slots, prefixes = replace(self._slots, cache=needed), self._slots.prefixes
+        if prefixes is None:
+            return slots, (rest, None)
+        shared, unread = split_cache(prefixes.cache, max(1, *(live.start for live in alive)))
+        return replace(slots, prefixes=replace(prefixes, cache=shared)), (rest, unread)
 
 
-def _with_cache(slots: Slots, rest: KVCache) -> Slots:
-    """Slots whose cache was split, whole again."""
-    return replace(slots, cache=join_cache(slots.cache, rest))
+def _whole(slots: Slots, rest: tuple[KVCache, KVCache | None]) -> Slots:
+    """Slots whose caches were split, whole again."""
+    slots, unread = replace(slots, cache=join_cache(slots.cache, rest[0])), rest[1]
+    if slots.prefixes is None or unread is None:
+        return slots
+    cache = join_cache(slots.prefixes.cache, unread)
+    return replace(slots, prefixes=replace(slots.prefixes, cache=cache))
 
 
 def _completion(live: _Live) -> Completion:
@@ -364,29 +378,3 @@ def _completion(live: _Live) -> Completion:
         finish=Finish.STOP if stopped else Finish.LENGTH,
         sample_index=live.sample_index,
     )
-
-
-def _pad_prompts(
-    entering: Sequence[tuple[int, Request, int]], max_prompt_tokens: int
-) -> _Prefilled:
-    """Each distinct prompt once, in shapes padded to powers of two."""
-    distinct = list({request.stream: request for _, request, _ in entering}.values())
-    longest = max(len(request.prompt) for request in distinct)
-    columns = min(_bucket(longest, SMALLEST_BUCKET), max_prompt_tokens)
-    prompts = np.zeros((prompt_bucket(len(distinct)), columns), np.int32)
-    lengths = np.ones(len(prompts), np.int32)
-    for row, request in enumerate(distinct):
-        prompts[row, : len(request.prompt)] = request.prompt
-        lengths[row] = len(request.prompt)
-    row_of = {request.stream: row for row, request in enumerate(distinct)}
-    return _Prefilled(None, prompts, lengths, row_of)
-
-
-def prompt_bucket(prompts: int) -> int:
-    """Rows that a prefill of so many prompts has."""
-    return _bucket(prompts, 1)
-
-
-def _bucket(number: int, smallest: int) -> int:
-    """The smallest power-of-two multiple of `smallest` that holds `number`."""
-    return smallest << (-(-number // smallest) - 1).bit_length()

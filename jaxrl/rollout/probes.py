@@ -1,4 +1,8 @@
-"""Probes: idle slots sample problems unsolved so far. Whoever has a ticket takes the slots back at once."""
+"""Probes: idle slots sample problems unsolved so far. Whoever has a ticket takes the slots back at once.
+
+Neither do verifiers let a batch wait: a probe's samples are judged while no others wait, and those that
+are sampled or wait for a verdict are never more than the slots allowed.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +60,7 @@ class Probes:
         self._prompts: dict[int, Prompt] = {}
         self._done: dict[int, list[Completion]] = {}
         self._left = 0  # samples submitted and not finished
+        self._verdicts: list[Future[list[Reward]]] = []  # of probes, pending or not
 
     def __contains__(self, stream: int) -> bool:
         return stream in self._prompts
@@ -63,7 +68,9 @@ class Probes:
     def fill(self, engine: RolloutEngine, params: SamplingParams) -> None:
         """Give idle slots to probes, up to the limit."""
         samples = self._settings.samples
-        while engine.num_free_slots >= samples and self._left + samples <= self._settings.slots:
+        self._verdicts = [verdict for verdict in self._verdicts if not verdict.done()]
+        most = self._settings.slots - samples * (1 + len(self._verdicts))
+        while engine.num_free_slots >= samples and self._left <= most:
             prompt = self._settings.source.next_probe()
             if prompt is None:
                 break
@@ -110,4 +117,5 @@ class Probes:
             except BaseException as error:
                 self._fail(error)
 
-        judge(prompt, row).add_done_callback(verified)
+        self._verdicts.append(judge(prompt, row))
+        self._verdicts[-1].add_done_callback(verified)

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.attention import DecodeAttention, RowAttention
+from models.attention import DecodeAttention
 from models.cache import KVCache, init_cache, insert_prompts
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, recompute, split_layers
+from models.decoder import Decoder, decode_step, prefill, recompute, split_layers
 from models.head import head_logits
+from models.prefixes import Prefixes, fill_rows, init_prefixes, replace_sequences
+from models.rows import PrefixRows, RowAttention
 from models.sharding import cache_shardings
 
 CDF_BLOCK = 32
@@ -42,6 +44,8 @@ class Slots:
     top_p: Any  # [B] float32
     top_k: Any  # [B] int32, 0 is off
     stop_ids: Any  # [B, E] int32, -1 where unused
+    prefixes: Prefixes | None = None
+    """Where prompts are held once for all slots that sample them; the cache then holds what follows."""
 
 
 @jax.tree_util.register_dataclass
@@ -150,6 +154,7 @@ def decode_chunk(
     """
     layers = split_layers(policy)  # sliced inside the loop, they would be copied in every step
     num_slots = slots.positions.shape[0]
+    prefixes, slots = slots.prefixes, replace(slots, prefixes=None)  # read, not carried along
 
     def goes_on(carry: tuple[Slots, Chunk, jax.Array]) -> jax.Array:
         slots, chunk, idle = carry
@@ -163,7 +168,7 @@ def decode_chunk(
         inputs = jax.vmap(lambda row, at: row[at])(slots.tokens, slots.positions)
         hidden, cache = decode_step(
             policy, slots.cache, inputs, slots.positions, dtype=dtype, layers=layers,
-            attention=attention,
+            attention=attention, prefixes=prefixes,
         )  # fmt: skip
         logits = head_logits(policy, hidden, dtype=dtype)
         token, logprob = sample_tokens(logits, slots, filtered=filtered, greedy=greedy)
@@ -197,16 +202,25 @@ def decode_chunk(
         steps=jnp.int32(0),
     )
     slots, chunk, _ = jax.lax.while_loop(goes_on, one_step, (slots, empty, jnp.int32(0)))
-    return slots, chunk
+    return replace(slots, prefixes=prefixes), chunk
 
 
 def recompute_cache(
-    policy: Decoder, slots: Slots, *, tokens: int, dtype: jnp.dtype, attention: RowAttention = "xla"
+    policy: Decoder,
+    slots: Slots,
+    *,
+    tokens: int,
+    dtype: jnp.dtype,
+    attention: RowAttention = "blocks",
 ) -> Slots:
     """All cached keys and values of the first `tokens` positions again, under new weights."""
     tokens_so_far = slots.tokens[:, :tokens]
-    cache = recompute(policy, slots.cache, tokens_so_far, dtype=dtype, attention=attention)
-    return replace(slots, cache=cache)
+    if slots.prefixes is None:
+        cache = recompute(policy, slots.cache, tokens_so_far, dtype=dtype, attention=attention)
+        return replace(slots, cache=cache)
+    made = prefill(policy, tokens_so_far, dtype=dtype, attention=attention)
+    prefixes, cache = replace_sequences(slots.prefixes, slots.cache, *made)
+    return replace(slots, prefixes=prefixes, cache=cache)
 
 
 @jax.tree_util.register_dataclass
@@ -224,14 +238,26 @@ class Admission:
     stop_ids: Any  # [N, E] int32
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seats:
+    """Where N samples that enter slots read their prompts (`models.prefixes`)."""
+
+    members: Any  # [R, C] int32, of all rows from now on
+    lanes: Any  # [N] int32
+    filled: Any  # [M] int32, rows that get a prompt; R: none
+    sources: Any  # [M] int32, rows of the prefilled prompts
+
+
 def admit(
     slots: Slots, prefilled: Any, prompts: jax.Array, lengths: jax.Array, entering: Admission,
-    root: jax.Array,
+    root: jax.Array, seats: Seats | None = None,
 ) -> Slots:  # fmt: skip
-    """Copy prefilled prompts into slots and start their samples.
+    """Copy prefilled prompts into slots, or the rows that slots share, and start their samples.
 
     `prefilled` holds keys and values of `prompts` [P, T] (right-padded, true `lengths` [P]). Several
-    samples may name one prompt row: it was prefilled once. `root` [2] is the key data of the run's seed.
+    samples may name one prompt row: it was prefilled once; None: the rows that `seats` name have
+    them. `root` [2] is the key data of the run's seed.
     """
     at, rows = entering.slots, entering.rows
 
@@ -239,9 +265,20 @@ def admit(
         key = jax.random.fold_in(jax.random.wrap_key_data(root), name[0])
         return jax.random.key_data(jax.random.fold_in(key, name[1]))
 
-    keys, values = prefilled
+    cache, prefixes = slots.cache, slots.prefixes
+    if prefixes is None or seats is None:
+        cache = insert_prompts(cache, *prefilled, rows=rows, slots=at)
+    else:
+        if prefilled is not None:
+            prefixes = fill_rows(prefixes, prefilled, lengths, seats.sources, seats.filled)
+        prefixes = replace(
+            prefixes,
+            members=seats.members,
+            lanes=prefixes.lanes.at[at].set(seats.lanes, mode="drop"),
+            starts=prefixes.starts.at[at].set(lengths[rows] - 1, mode="drop"),
+        )
     return Slots(
-        cache=insert_prompts(slots.cache, keys, values, rows=rows, slots=at),
+        cache=cache,
         tokens=slots.tokens.at[at, : prompts.shape[1]].set(prompts[rows], mode="drop"),
         positions=slots.positions.at[at].set(lengths[rows] - 1, mode="drop"),
         remaining=slots.remaining.at[at].set(entering.max_new_tokens, mode="drop"),
@@ -250,18 +287,24 @@ def admit(
         top_p=slots.top_p.at[at].set(entering.top_p, mode="drop"),
         top_k=slots.top_k.at[at].set(entering.top_k, mode="drop"),
         stop_ids=slots.stop_ids.at[at].set(entering.stop_ids, mode="drop"),
+        prefixes=prefixes,
     )
 
 
 def empty_slots(
     config: ModelConfig, *, num_slots: int, max_tokens: int, num_stop_ids: int,
-    cache_dtype: jnp.dtype, attention: DecodeAttention,
+    cache_dtype: jnp.dtype, attention: DecodeAttention, prefixes: PrefixRows | None = None,
 ) -> Slots:  # fmt: skip
-    """`num_slots` idle slots for sequences of at least `max_tokens` tokens (the cache rounds up)."""
+    """`num_slots` idle slots for sequences of at least `max_tokens` tokens (the cache rounds up); with
+    `prefixes` for so many after a prompt in one of these rows."""
     cache = init_cache(config, num_slots, max_tokens, cache_dtype, attention)
+    rows, reach = None, cache.max_tokens
+    if prefixes is not None:
+        rows = init_prefixes(config, prefixes, num_slots, cache_dtype, attention)
+        reach += rows.cache.max_tokens
     return Slots(
         cache=cache,
-        tokens=jnp.zeros((num_slots, cache.max_tokens), jnp.int32),
+        tokens=jnp.zeros((num_slots, reach), jnp.int32),
         positions=jnp.zeros(num_slots, jnp.int32),
         remaining=jnp.zeros(num_slots, jnp.int32),
         keys=jnp.zeros((num_slots, 2), jnp.uint32),
@@ -269,14 +312,21 @@ def empty_slots(
         top_p=jnp.ones(num_slots, jnp.float32),
         top_k=jnp.zeros(num_slots, jnp.int32),
         stop_ids=jnp.full((num_slots, num_stop_ids), -1, jnp.int32),
+        prefixes=rows,
     )
 
 
-def slot_shardings(config: ModelConfig, mesh: Mesh) -> Slots:
-    """Slots over the data axis, kv heads over the tensor axis. A tree prefix of Slots."""
+def slot_shardings(config: ModelConfig, mesh: Mesh, *, shares: bool = False) -> Slots:
+    """Slots, and with `shares` rows of prompts, over the data axis, kv heads over the tensor axis. A tree
+    prefix of Slots."""
     per_slot = NamedSharding(mesh, PartitionSpec("data"))
     cache = cache_shardings(config, mesh)
+    rows = None
+    if shares:
+        rows = Prefixes(
+            cache=cache, lengths=per_slot, members=per_slot, lanes=per_slot, starts=per_slot
+        )
     return Slots(
         cache=cache, tokens=per_slot, positions=per_slot, remaining=per_slot, keys=per_slot,
-        temperature=per_slot, top_p=per_slot, top_k=per_slot, stop_ids=per_slot,
+        temperature=per_slot, top_p=per_slot, top_k=per_slot, stop_ids=per_slot, prefixes=rows,
     )  # fmt: skip

@@ -147,20 +147,22 @@ class RolloutWorker:
         )
 
     def _judge(
-        self, prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str]
-    ) -> Future[list[Reward]]:
+        self, prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], *,
+        urgent: bool = True,
+    ) -> Future[list[Reward]]:  # fmt: skip
         return self._rewards.submit_many(
             [
                 (prompt.problem, text, c.finish is Finish.STOP, len(c.tokens))
                 for text, c in zip(texts, completions, strict=True)
-            ]
+            ],
+            urgent=urgent,
         )
 
     def _judge_probe(
         self, prompt: Prompt, completions: Sequence[Completion]
     ) -> Future[list[Reward]]:
         texts = [completion_text(self._tokenizer, c) for c in completions]
-        return self._judge(prompt, completions, texts)
+        return self._judge(prompt, completions, texts, urgent=False)
 
     def _verified(
         self, ticket: Ticket, completions: list[Completion], texts: list[str], submitted: float,

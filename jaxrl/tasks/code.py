@@ -22,12 +22,12 @@ def _parse(row: Row, where: str, verifier: str) -> Parsed:
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
     problem = text(row, ("problem", "question", "prompt", "text"), where).strip()
-    if "entry_point" in row:
+    if row.get("entry_point") is not None:
         whole = text(row, ("prompt",), where)
         program = whole + str(row.get("canonical_solution") or "")
         solution = program if row.get("canonical_solution") else ""
         problem = f"Complete this function:\n\n```python\n{whole.rstrip()}\n```"
-    elif "test_list" in row:
+    elif row.get("test_list") is not None:
         tests = "\n".join(row["test_list"])
         problem = f"{problem}\nYour code must pass these tests:\n\n```python\n{tests}\n```"
         solution = str(row.get("code") or "")

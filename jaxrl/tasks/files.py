@@ -8,6 +8,7 @@ The hash is of the problem itself, not of the prompt made from it, of the file o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +73,8 @@ class FileTask:
         if config.test_path is not None:
             check_source("task.test_path", config.test_path)
         self._config, self._path, self._seed, self._form = config, config.path, seed, form
+        self.num_repeated = 0
+        """Rows left out because an earlier one is the same problem; known once problems were asked for."""
         self._shaping = None
         if config.shaping.kind == "magistral":
             self._shaping = Magistral(config, config.prompt_template or form.template)
@@ -139,21 +142,29 @@ class FileTask:
         return self._shaping(problem.prompt, completion, num_tokens, verdict)
 
     def _read(self, source: Path) -> list[Problem]:
-        """Problems in the order of the file. Raises: UserError naming file, line, fault and remedy."""
-        problems: list[Problem] = []
-        places: dict[int, str] = {}
+        """Problems in the order of the file; one that stands there again is left out and counted.
+
+        Raises: UserError naming file, line, fault and remedy.
+        """
+        found: dict[int, tuple[Problem, str]] = {}
         for where, row in read_rows(source):
             problem = self._problem(row, where)
-            if problem.id in places:
+            first, place = found.setdefault(problem.id, (problem, where))
+            if place == where:
+                continue
+            if self._judged_by(first) != self._judged_by(problem):
                 raise UserError(
-                    f"{where} repeats the prompt of {places[problem.id].rpartition(', ')[2]}; "
-                    "remove one of them"
+                    f"{where} repeats the prompt of {place.rpartition(', ')[2]}, but is judged by "
+                    "something else; remove one of them"
                 )
-            places[problem.id] = where
-            problems.append(problem)
-        if not problems:
+            self.num_repeated += 1
+        if not found:
             raise UserError(f"{source} holds no problem; write one JSON object per line")
-        return problems
+        return [problem for problem, _ in found.values()]
+
+    def _judged_by(self, problem: Problem) -> object:
+        """What the verifier reads: the answer, or for those that read more the whole row."""
+        return problem.answer if self._config.judge in ("exact", "math") else problem.row
 
     def _problem(self, row: Row, where: str) -> Problem:
         parsed = self._form.parse(row, where, self._config.judge or "")
@@ -197,12 +208,20 @@ def _unless_cut(reward: Reward, finished: bool) -> Reward:
     return Reward(total=0.0, parts={**reward.parts, "correct": 0.0}, correct=False)
 
 
+def answer_text(row: Row, where: str) -> str:
+    """The row's `answer` as a text; a number counts as one. Raises: as `text`."""
+    answer = row.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
+        return str(answer)
+    return text(row, ("answer",), where)
+
+
 def text(row: Row, keys: Sequence[str], where: str) -> str:
-    """The first of the fields `keys` that the row has, a text with content.
+    """The first of the fields `keys` that the row has, a text with content; null is as good as absent.
 
     Raises: UserError naming the place if there is none, or it holds something else.
     """
-    key = next((key for key in keys if key in row), None)
+    key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         raise UserError(
             f"{where}: {keys[0]!r} is missing; the row has the fields {', '.join(map(str, row))}"

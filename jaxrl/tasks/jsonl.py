@@ -5,14 +5,14 @@
 
 Judged by task.verifier. exact, the default, wants an answer and no other fields than these and
 `curation`, which python -m jaxrl.curate writes; other verifiers see the whole row, and code, similarity
-and functions of your own need no answer.
+and functions of your own need no answer. An answer may be a number: it counts as its text.
 """
 
 from __future__ import annotations
 
 from jaxrl.errors import UserError
 from jaxrl.rewards.similarity import read_edit
-from jaxrl.tasks.files import Form, Parsed, text
+from jaxrl.tasks.files import Form, Parsed, answer_text, text
 from jaxrl.tasks.rows import Row
 
 _FIELDS = ("prompt", "answer", "solution", "curation")
@@ -41,9 +41,10 @@ def _parsed(row: Row, where: str, verifier: str) -> Parsed:
             solution=str(solution or ""),
             row=row,
         )
-    answer = text(row, ("answer",), where)
+    answer = answer_text(row, where)
+    row = {**row, "answer": answer}
     if verifier == "math":
-        solution = text(row, ("solution",), where) if "solution" in row else answer
+        solution = text(row, ("solution", "answer"), where)
         return Parsed(problem=prompt, answer=answer, solution=solution, row=row)
     if unknown := sorted(set(row) - set(_FIELDS)):
         raise UserError(f"{where}: unknown field {unknown[0]!r}")

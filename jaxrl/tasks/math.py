@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from jaxrl.errors import UserError
 from jaxrl.rewards.answers import final_answer
-from jaxrl.tasks.files import Form, Parsed, text
+from jaxrl.tasks.files import Form, Parsed, answer_text, text
 from jaxrl.tasks.gsm8k import BOXED
 from jaxrl.tasks.rows import Row
 
@@ -17,7 +17,7 @@ from jaxrl.tasks.rows import Row
 def _parse(row: Row, where: str, verifier: str) -> Parsed:
     solution = text(row, ("solution",), where) if row.get("solution") is not None else ""
     if row.get("answer") is not None:
-        answer = text(row, ("answer",), where)
+        answer = answer_text(row, where)
     else:
         found = final_answer(solution)
         if found is None or found.mark == "plain":

@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -48,10 +49,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as file:
-            text = file.read().decode()
+            text = file.read().decode("utf-8-sig")  # some editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); {_FORMS}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():

@@ -18,7 +18,7 @@ from models.hf.read import checkpoint_folder
 DTYPES = ("float32", "bfloat16", "float16")
 _SHAPE = {
     "width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 16, "ffw": 192,
-    "positions": 1024, "seed": 0, "vocab": 4096,
+    "positions": 1024, "vocab": 4096,
 }  # fmt: skip
 """Whole numbers that `new` takes, with their defaults."""
 
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("inspect", help="family, parameters, memory, shardings")
     look.add_argument("path", help="folder of a checkpoint, or hub id")
     for axis in ("data", "fsdp", "tensor"):
-        look.add_argument(f"--{axis}", type=int, default=1, help=f"size of mesh axis {axis}")
+        look.add_argument(f"--{axis}", type=_count, default=1, help=f"size of mesh axis {axis}")
     look.set_defaults(run_command=_inspect)
     out = commands.add_parser("export", help="a run's checkpoint as a Hugging Face folder")
     out.add_argument("--run", type=Path, required=True, dest="run_dir", help="run folder")
@@ -69,12 +69,20 @@ def _parser() -> argparse.ArgumentParser:
     fresh.add_argument("--chat-template", type=Path, help="jinja file to go along")
     fresh.add_argument("--family", choices=sorted(FAMILIES), default="qwen3")
     for name, default in _SHAPE.items():
-        fresh.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+        fresh.add_argument(f"--{name.replace('_', '-')}", type=_count, default=default)
+    fresh.add_argument("--seed", type=int, default=0)
     fresh.set_defaults(run_command=_new)
     for command in (out, mean):
         command.add_argument("--out", type=Path, required=True, help="folder to make")
         command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     return parser
+
+
+def _count(word: str) -> int:
+    """A whole number from 1 on; argparse makes its message and exit code 2 of the error."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} must be a whole number from 1 on")
+    return int(word)
 
 
 def _inspect(options: argparse.Namespace) -> str:
@@ -105,7 +113,7 @@ def _new(options: argparse.Namespace) -> str:
             train_tokenizer(options.text, Path(folder), options.vocab)
         config = new_checkpoint(
             options.tokenizer or Path(folder), options.out, family=options.family, eos=options.eos,
-            chat_template=options.chat_template, **shape,
+            chat_template=options.chat_template, seed=options.seed, **shape,
         )  # fmt: skip
     return f"{config.num_parameters:,} random parameters written to {options.out}"
 

@@ -101,6 +101,8 @@ def export_run(
     config = replace(read_config(run / DESCRIPTION), lora=described_lora(run))
     if adapter and config.lora is None:
         raise ValueError(f"{run} trained all weights, no adapter; export it without --adapter")
+    if adapter and dtype != "float32":
+        raise ValueError(f"an adapter is exported in float32, not in {dtype}; leave --dtype out")
     steps = checkpoint_steps(run)
     step = max(steps, default=None) if step is None else step
     if step is None or step not in steps:

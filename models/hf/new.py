@@ -45,6 +45,8 @@ def train_tokenizer(text: Path, folder: Path, size: int) -> None:
             lines = file.read().splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{text} is no UTF-8 text ({error.reason}); give another file") from error
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{text} holds no text to learn tokens from; give another file")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
     bpe.decoder = tokenizers.decoders.ByteLevel()  # type: ignore

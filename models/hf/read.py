@@ -28,6 +28,7 @@ COMPANIONS = (
 """Files that belong to a model beside its configuration and weights: tokenizer, templates, stop tokens."""
 SUPPORTED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes per value of the dtypes that are read, by their name in safetensors."""
+_MAKE_IT = " if it is to be a random one make it first: `python -m models.hf new --out FOLDER ...`"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -65,13 +66,13 @@ def checkpoint_folder(name: Path | str) -> Path:
     except huggingface_hub.errors.RepositoryNotFoundError as error:
         raise ValueError(
             f"{name} is no folder here and huggingface.co has no such checkpoint for you "
-            f"({_first_line(error)}); check the name, or log in with `hf auth login`"
+            f"({_first_line(error)}); check the name, log in with `hf auth login`, or{_MAKE_IT}"
         ) from error
     except OSError as error:
         raise ValueError(
             f"{name} is no folder here, it is not in the local cache, and huggingface.co cannot be "
             f"reached ({_first_line(error)}); download it where there is a network "
-            f"(`hf download {name} --local-dir FOLDER`) and give that folder"
+            f"(`hf download {name} --local-dir FOLDER`) and give that folder, or{_MAKE_IT}"
         ) from error
 
 

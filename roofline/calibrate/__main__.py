@@ -14,7 +14,7 @@ from roofline.calibrate.measure import QUICKSTART, calibrate
 from roofline.calibrate.micro import versions
 from roofline.choose import find_model, report_errors
 from roofline.hardware import Hardware
-from roofline.machine import Workload, cache_file
+from roofline.machine import Workload, cache_file, keep_freed_memory, prefer_wide_vectors
 from roofline.settings import model_of, read_settings, workload_of
 
 
@@ -42,6 +42,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.model is not None:
         model = find_model(options.model, QUICKSTART.vocab_size)
     model = dataclasses.replace(model, lora=None)
+    prefer_wide_vectors()
+    keep_freed_memory(jax.default_backend())
     begin = time.perf_counter()
     hardware = calibrate(
         model, workload=workload, budget_s=options.budget_s, thorough=not options.quick

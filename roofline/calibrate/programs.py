@@ -8,7 +8,7 @@ cast and copy), because fixed times and fusion decide the speed of small models.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from models.attention import DecodeAttention, decode_by_structure, rows_by_structure
 from models.cache import KVCache, init_cache, insert_prompts
 from models.config import ModelConfig
 from models.decoder import Decoder, abstract_decoder, decode_step, hidden_states, prefill
 from models.head import head_logits, target_logprobs
+from models.rows import RowAttention
 from roofline import cost
 from roofline.calibrate.timing import Device, Run, caller, replacer
 from roofline.kernels import Layout
@@ -97,8 +99,10 @@ class _Maker:
         self.model, self.workload, self.device = model, workload, device
         self.dtype = jnp.dtype(workload.dtype)
         kind = workload.dtype
-        self.learner = Layout(compute_dtype=kind, kv_dtype=kind)
-        self.rollout = Layout(compute_dtype=kind, kv_dtype=kind, param_dtype=kind)
+        self.rows: RowAttention = rows_by_structure(device, self.dtype, model.head_size)
+        self.cached: DecodeAttention = decode_by_structure(device)
+        self.learner = Layout(compute_dtype=kind, kv_dtype=kind, attention=self.rows)
+        self.rollout = replace(self.learner, param_dtype=kind)
         self.policy = jax.device_put(random_weights(model), device)
         self.snapshot = jax.tree.map(lambda x: x.astype(self.dtype), self.policy)
 
@@ -108,12 +112,15 @@ class _Maker:
 
         def make() -> Run:
             with jax.default_device(self.device):
-                cache = init_cache(self.model, slots, kv_len, self.dtype)
+                cache = init_cache(self.model, slots, kv_len, self.dtype, self.cached)
                 zeros = jnp.zeros(slots, jnp.int32)
                 program = jax.jit(
-                    partial(decode_chunk, steps=steps, kv_len=kv_len, dtype=self.dtype),
+                    partial(
+                        decode_chunk, steps=steps, kv_len=kv_len, dtype=self.dtype,
+                        attention=self.cached,
+                    ),
                     donate_argnums=0,
-                )
+                )  # fmt: skip
                 arguments = (self.snapshot, jax.random.key(1))
                 compiled = program.lower((cache, zeros, zeros + 1), *arguments).compile()
                 return replacer(compiled, (cache, zeros, zeros + 1), *arguments)
@@ -128,9 +135,9 @@ class _Maker:
             with jax.default_device(self.device):
                 prompts = np.ones((rows, tokens), np.int32)
                 at = [np.arange(samples, dtype=np.int32) % rows, np.arange(samples, dtype=np.int32)]
-                program = jax.jit(partial(prefill, dtype=self.dtype))
+                program = jax.jit(partial(prefill, dtype=self.dtype, attention=self.rows))
                 run = program.lower(self.snapshot, prompts).compile()
-                cache = init_cache(self.model, self.workload.slots, tokens, self.dtype)
+                cache = init_cache(self.model, self.workload.slots, tokens, self.dtype, self.cached)
                 keys, values = run(self.snapshot, jax.device_put(prompts, self.device))
                 insert = jax.jit(insert_prompts, donate_argnums=0)
                 enter = insert.lower(cache, keys, values, *at).compile()
@@ -149,7 +156,8 @@ class _Maker:
 
         def make() -> Run:
             with jax.default_device(self.device):
-                program, batch = jax.jit(partial(scores, w=self.workload)), packed(rows, tokens)
+                program = jax.jit(partial(scores, w=self.workload, attention=self.rows))
+                batch = packed(rows, tokens)
                 return caller(program.lower(self.policy, batch).compile(), self.policy, batch)
 
         return Probe(name=f"score {rows}x{tokens}", cost=work, make=make, held_out=held_out)
@@ -164,7 +172,7 @@ class _Maker:
             with jax.default_device(self.device):
                 gradients = jax.tree.map(jnp.zeros_like, self.policy)
                 arguments = (self.policy, packed(rows, tokens), jnp.ones((rows, tokens)))
-                program = jax.jit(partial(accumulate, w=w), donate_argnums=0)
+                program = jax.jit(partial(accumulate, w=w, attention=self.rows), donate_argnums=0)
                 compiled = program.lower(gradients, *arguments).compile()
                 return replacer(compiled, gradients, *arguments)
 
@@ -213,14 +221,17 @@ def packed(rows: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def decode_chunk(
-    state: tuple[Any, ...], policy: Decoder, key: jax.Array, *, steps: int, kv_len: int, dtype: Any
-) -> tuple[Any, ...]:
+    state: tuple[Any, ...], policy: Decoder, key: jax.Array, *, steps: int, kv_len: int, dtype: Any,
+    attention: DecodeAttention,
+) -> tuple[Any, ...]:  # fmt: skip
     """`steps` sampled tokens for every slot: one uniform per slot and the inverse CDF."""
     slots = state[1].shape[0]
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, cache, tokens, positions, _ = carry
-        hidden, cache = decode_step(policy, cache, tokens, positions, dtype=dtype)
+        hidden, cache = decode_step(
+            policy, cache, tokens, positions, dtype=dtype, attention=attention
+        )
         logprobs = jax.nn.log_softmax(head_logits(policy, hidden, dtype=dtype), axis=-1)
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions * slots + jnp.arange(slots))
         total = jnp.cumsum(jnp.exp(logprobs), axis=-1)
@@ -235,23 +246,28 @@ def decode_chunk(
     return cache, tokens, positions
 
 
-def scores(policy: Decoder, batch: tuple[Any, ...], *, w: Workload) -> tuple[Any, Any]:
+def scores(
+    policy: Decoder, batch: tuple[Any, ...], *, w: Workload, attention: RowAttention
+) -> tuple[Any, Any]:
     """Log-probabilities and entropies of one packed batch."""
     tokens, positions, segments = batch
     dtype, remat = jnp.dtype(w.dtype), w.remat == "block"
-    hidden = hidden_states(policy, tokens, positions, segments, dtype=dtype, remat=remat)
+    hidden = hidden_states(
+        policy, tokens, positions, segments, dtype=dtype, remat=remat, attention=attention
+    )
     return target_logprobs(
         policy, hidden, tokens, temperature=1.0, chunk_tokens=w.chunk_tokens, dtype=dtype
     )
 
 
 def accumulate(
-    gradients: Decoder, policy: Decoder, batch: tuple[Any, ...], weights: jax.Array, *, w: Workload
-) -> Decoder:
+    gradients: Decoder, policy: Decoder, batch: tuple[Any, ...], weights: jax.Array, *, w: Workload,
+    attention: RowAttention,
+) -> Decoder:  # fmt: skip
     """One micro-batch of a clipped policy loss, its gradient added to `gradients`."""
 
     def loss(policy: Decoder) -> jax.Array:
-        logprobs, _ = scores(policy, batch, w=w)
+        logprobs, _ = scores(policy, batch, w=w, attention=attention)
         ratio = jnp.exp(logprobs - weights)
         clipped = jnp.clip(ratio, 0.8, 1.2)
         return -jnp.sum(jnp.minimum(ratio * weights, clipped * weights))

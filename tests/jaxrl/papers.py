@@ -5,6 +5,7 @@ at the length limit, a sampler and a reference of other weights. lp, lo, lb, lr:
 policy, learner at step start, sampler (behaviour), reference. Nothing here imports jaxrl.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ class View(NamedTuple):
     r: float
     n: int
     answer: str
+    coin: int  # of the random reward
 
 
 Group = list[View]
@@ -59,28 +61,28 @@ def view(theta: np.ndarray, p: int, g: int, start: np.ndarray) -> View:
         lp=logprobs(theta, tokens), lo=logprobs(start, tokens), lb=logprobs(SAMPLER, tokens),
         lr=logprobs(REFERENCE, tokens), entropy=-(np.exp(log_p) * log_p).sum(axis=-1),
         value=VALUES[tokens[1:-1]], r=float(REWARDS[p][g]), n=len(tokens) - 2,
-        answer=ANSWERS[p][g],
+        answer=ANSWERS[p][g], coin=hashlib.blake2b(f"{p}/{g}".encode(), digest_size=1).digest()[0] & 1,
     )  # fmt: skip
 
 
 # -- the papers: objectives J of one minibatch `mb`, groups that are part of `batch` --------------
 
 
-def _norm(rewards, eps=1e-6):
+def norm(rewards, eps=1e-6):
     r = np.array(rewards, float)
     return (r - r.mean()) / (r.std(ddof=1) + eps) if r.std() > 0 else r * 0
 
 
-def _center(rewards):
+def center(rewards):
     return np.array(rewards, float) - np.mean(rewards)
 
 
-def _min_clip(rho, a, low=0.2, high=0.2, dual=1e9):
+def min_clip(rho, a, low=0.2, high=0.2, dual=1e9):
     j = np.minimum(rho * a, np.clip(rho, 1 - low, 1 + high) * a)
     return np.where(a < 0, np.maximum(j, dual * a), j)
 
 
-def _k3(v):
+def k3(v):
     return np.exp(v.lr - v.lp) - (v.lr - v.lp) - 1
 
 
@@ -88,39 +90,39 @@ def _rewards(group):
     return [v.r for v in group]
 
 
-def _overlong(v, penalty):
+def overlong(v, penalty):
     """Soft overlong punishment with a buffer of 2 before the limit of 6."""
     return -penalty * min(max(v.n - (LONGEST - 2), 0) / 2, 1)
 
 
-def _pairs(groups, advantages: Callable[[Group], np.ndarray]):
+def paired(groups, advantages: Callable[[Group], np.ndarray]):
     return [(v, a) for group in groups for v, a in zip(group, advantages(group), strict=True)]
 
 
-def _token_mean(pairs, term):
+def token_mean(pairs, term):
     return sum(term(v, a).sum() for v, a in pairs) / sum(v.n for v, _ in pairs)
 
 
-def _sequence_mean(pairs, term):
+def sequence_mean(pairs, term):
     return np.mean([term(v, a).mean() for v, a in pairs])
 
 
-def _rho(v):
+def ratio(v):
     return np.exp(v.lp - v.lo)
 
 
-def _rho_b(v):
+def ratio_b(v):
     return np.exp(v.lp - v.lb)
 
 
 def grpo(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _sequence_mean(pairs, lambda v, a: _min_clip(_rho(v), a) - 0.04 * _k3(v))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return sequence_mean(pairs, lambda v, a: min_clip(ratio(v), a) - 0.04 * k3(v))
 
 
 def grpo_r1(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _sequence_mean(pairs, lambda v, a: _min_clip(_rho(v), a, 1, 10) - 0.001 * _k3(v))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return sequence_mean(pairs, lambda v, a: min_clip(ratio(v), a, 1, 10) - 0.001 * k3(v))
 
 
 def ttrl(mb, batch):
@@ -128,25 +130,23 @@ def ttrl(mb, batch):
 
     def agreement(group):
         said = [v.answer for v in group if v.answer]
-        return _norm([v.answer == max(said, key=said.count) for v in group] if said else [0, 0, 0])
+        return norm([v.answer == max(said, key=said.count) for v in group] if said else [0, 0, 0])
 
-    return _sequence_mean(
-        _pairs(mb, agreement), lambda v, a: _min_clip(_rho(v), a) - 0.001 * _k3(v)
-    )
+    return sequence_mean(paired(mb, agreement), lambda v, a: min_clip(ratio(v), a) - 0.001 * k3(v))
 
 
 def dr_grpo(mb, batch):
-    pairs = _pairs(mb, lambda g: _center(_rewards(g)))
-    return sum(_min_clip(_rho(v), a).sum() for v, a in pairs) / (len(pairs) * LONGEST)
+    pairs = paired(mb, lambda g: center(_rewards(g)))
+    return sum(min_clip(ratio(v), a).sum() for v, a in pairs) / (len(pairs) * LONGEST)
 
 
-def _dapo_advantages(group):
-    return _norm([2 * v.r - 1 + _overlong(v, 1.0) for v in group])
+def dapo_advantages(group):
+    return norm([2 * v.r - 1 + overlong(v, 1.0) for v in group])
 
 
 def dapo(mb, batch):
-    pairs = _pairs(mb, _dapo_advantages)
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), a, 0.2, 0.28, 10))
+    pairs = paired(mb, dapo_advantages)
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), a, 0.2, 0.28, 10))
 
 
 def dapo_prompt(mb, batch):
@@ -154,66 +154,64 @@ def dapo_prompt(mb, batch):
 
 
 def magistral(mb, batch):
-    pairs = _pairs(mb, lambda g: _center([v.r + _overlong(v, 0.1) for v in g]))
+    pairs = paired(mb, lambda g: center([v.r + overlong(v, 0.1) for v in g]))
     a = np.array([a for _, a in pairs])
     pairs = [(v, (x - a.mean()) / (a.std() + 1e-6)) for v, x in pairs]
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho_b(v), a, 0.2, 0.28))
+    return token_mean(pairs, lambda v, a: min_clip(ratio_b(v), a, 0.2, 0.28))
 
 
 def gspo(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return np.mean([_min_clip(np.exp((v.lp - v.lo).mean()), a, 0.2, 0.27) for v, a in pairs])
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return np.mean([min_clip(np.exp((v.lp - v.lo).mean()), a, 0.2, 0.27) for v, a in pairs])
 
 
 def dppo(mb, batch):
     def term(v, a):
         moved = np.exp(v.lp) - np.exp(v.lb)
-        return np.where(np.sign(a) * moved > 0.2, 0, _rho_b(v) * a)
+        return np.where(np.sign(a) * moved > 0.2, 0, ratio_b(v) * a)
 
-    return _token_mean(_pairs(mb, lambda g: _norm(_rewards(g))), term)
+    return token_mean(paired(mb, lambda g: norm(_rewards(g))), term)
 
 
 def sapo(mb, batch):
     def term(v, a):
         tau = 1.0 if a > 0 else 1.05
-        return a * 4 / tau / (1 + np.exp(-tau * (_rho(v) - 1)))
+        return a * 4 / tau / (1 + np.exp(-tau * (ratio(v) - 1)))
 
-    return _sequence_mean(_pairs(mb, lambda g: _norm(_rewards(g))), term)
+    return sequence_mean(paired(mb, lambda g: norm(_rewards(g))), term)
 
 
 def bypass(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho_b(v), a))
-
-
-def control_format(mb, batch):
-    """Pays for ending before the limit."""
-    pairs = _pairs(mb, lambda g: _norm([float(v.n < LONGEST) for v in g]))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho_b(v), a))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(pairs, lambda v, a: min_clip(ratio_b(v), a))
 
 
 def maxrl(mb, batch):
-    pairs = _pairs(mb, lambda g: _center(_rewards(g)) / np.mean(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho_b(v), a))
+    pairs = paired(mb, lambda g: center(_rewards(g)) / np.mean(_rewards(g)))
+    return token_mean(pairs, lambda v, a: min_clip(ratio_b(v), a))
 
 
 def intellect2(mb, batch):
     """Two-sided: the unclipped branch has min(rho, delta)."""
 
     def term(v, a):
-        rho = _rho(v)
+        rho = ratio(v)
         clipped = np.clip(rho, 0.8, 1.2) * a
-        return np.minimum(np.minimum(rho, 4) * a, clipped) - 0.001 * _k3(v)
+        return np.minimum(np.minimum(rho, 4) * a, clipped) - 0.001 * k3(v)
 
-    return _token_mean(_pairs(mb, lambda g: _norm(_rewards(g))), term)
+    return token_mean(paired(mb, lambda g: norm(_rewards(g))), term)
+
+
+def top_threshold(batch):
+    """Of the fifth of all tokens with the highest entropy."""
+    return np.quantile(np.concatenate([v.entropy for group in batch for v in group]), 0.8)
 
 
 def entropy_8020(mb, batch):
-    every = np.concatenate([v.entropy for group in batch for v in group])
-    threshold = np.quantile(every, 0.8)
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(
-        pairs, lambda v, a: _min_clip(_rho(v), a, 0.2, 0.28) * (v.entropy >= threshold)
+    threshold = top_threshold(batch)
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(
+        pairs, lambda v, a: min_clip(ratio(v), a, 0.2, 0.28) * (v.entropy >= threshold)
     )
 
 
@@ -222,8 +220,8 @@ def _shaped(v, a):
 
 
 def entropy_shaping(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), _shaped(v, a), 0.2, 0.28))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), _shaped(v, a), 0.2, 0.28))
 
 
 def _truncated(v, low, high):
@@ -231,59 +229,58 @@ def _truncated(v, low, high):
 
 
 def tis(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _truncated(v, 0, 2) * _min_clip(_rho(v), a))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(pairs, lambda v, a: _truncated(v, 0, 2) * min_clip(ratio(v), a))
 
 
 def tis_sequence(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(
-        pairs, lambda v, a: min(np.exp((v.lo - v.lb).sum()), 5) * _min_clip(_rho(v), a)
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(
+        pairs, lambda v, a: min(np.exp((v.lo - v.lb).sum()), 5) * min_clip(ratio(v), a)
     )
 
 
 def mis(mb, batch):
     def term(v, a):
         w = np.exp(v.lo - v.lb)
-        return np.where((w >= 0.5) & (w <= 5), w, 0) * _min_clip(_rho(v), a)
+        return np.where((w >= 0.5) & (w <= 5), w, 0) * min_clip(ratio(v), a)
 
-    return _token_mean(_pairs(mb, lambda g: _norm(_rewards(g))), term)
+    return token_mean(paired(mb, lambda g: norm(_rewards(g))), term)
 
 
 def sequence_mask(mb, batch):
     def term(v, a):
         inside = 0.9 <= np.exp((v.lo - v.lb).mean()) <= 1.1
-        return inside * _min_clip(_rho_b(v), a)
+        return inside * min_clip(ratio_b(v), a)
 
-    return _token_mean(_pairs(mb, lambda g: _norm(_rewards(g))), term)
+    return token_mean(paired(mb, lambda g: norm(_rewards(g))), term)
 
 
 def deepseek_v32(mb, batch):
     def term(v, a):
         kept = not (a < 0 and (v.lb - v.lo).mean() > 0.5)
-        return kept * _min_clip(_rho_b(v), a) - 0.001 * _rho_b(v) * _k3(v)
+        return kept * min_clip(ratio_b(v), a) - 0.001 * ratio_b(v) * k3(v)
 
-    return _sequence_mean(_pairs(mb, lambda g: _center(_rewards(g))), term)
+    return sequence_mean(paired(mb, lambda g: center(_rewards(g))), term)
 
 
 def _token_white(batch, advantages):
     """Advantages whitened over all tokens of the batch: {id of the completion: [n]}."""
     rows = {
-        (v.n, v.lb.sum()): advantages(v, a)
-        for v, a in _pairs(batch, lambda g: _center(_rewards(g)))
+        (v.n, v.lb.sum()): advantages(v, a) for v, a in paired(batch, lambda g: center(_rewards(g)))
     }
     every = np.concatenate(list(rows.values()))
     return {k: (a - every.mean()) / np.sqrt(every.var(ddof=1) + 1e-8) for k, a in rows.items()}
 
 
-def _white_pairs(mb, batch, advantages):
+def white_pairs(mb, batch, advantages):
     white = _token_white(batch, advantages)
     return [(v, white[(v.n, v.lb.sum())]) for group in mb for v in group]
 
 
 def decoupled_ppo(mb, batch):
-    pairs = _white_pairs(mb, batch, lambda v, a: np.full(v.n, 10 * a))
-    return _token_mean(pairs, lambda v, a: _truncated(v, 0, 5) * _min_clip(_rho(v), a))
+    pairs = white_pairs(mb, batch, lambda v, a: np.full(v.n, 10 * a))
+    return token_mean(pairs, lambda v, a: _truncated(v, 0, 5) * min_clip(ratio(v), a))
 
 
 def _returns(v, weight):
@@ -294,19 +291,19 @@ def _returns(v, weight):
 
 
 def reinforce_pp(mb, batch):
-    pairs = _white_pairs(mb, batch, lambda v, a: _returns(v, 0.01))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), a))
+    pairs = white_pairs(mb, batch, lambda v, a: _returns(v, 0.01))
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 
 def reinforce_pp_baseline(mb, batch):
-    pairs = _white_pairs(mb, batch, lambda v, a: np.full(v.n, a))
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), a) - 0.01 * (v.lp - v.lr) ** 2 / 2)
+    pairs = white_pairs(mb, batch, lambda v, a: np.full(v.n, a))
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), a) - 0.01 * (v.lp - v.lr) ** 2 / 2)
 
 
 def ppo(mb, batch):
     """lambda = 1: return minus value."""
-    pairs = _white_pairs(mb, batch, lambda v, a: _returns(v, 0.001) - v.value)
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), a))
+    pairs = white_pairs(mb, batch, lambda v, a: _returns(v, 0.001) - v.value)
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 
 def ppo_shared(mb, batch):
@@ -320,8 +317,8 @@ def ppo_shared(mb, batch):
             [sum(0.95 ** (k - t) * delta[k] for k in range(t, v.n)) for t in range(v.n)]
         )
 
-    pairs = _white_pairs(mb, batch, advantages)
-    return _token_mean(pairs, lambda v, a: _min_clip(_rho(v), a))
+    pairs = white_pairs(mb, batch, advantages)
+    return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 
 # Objectives with a weight that is not differentiated: that of the policy's present parameters.
@@ -344,14 +341,14 @@ def raft(mb, batch):
 
 def gspo_token(mb, batch):
     """sg[s] pi / sg[pi], each token clipped by its own shaped advantage."""
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
 
     def term(v, a):
         at = PRESENT[(v.n, v.lb.sum())]
         s = np.exp((at - v.lo).mean()) * np.exp(v.lp - at)
-        return _min_clip(s, _shaped(v, a), 0.2, 0.27)
+        return min_clip(s, _shaped(v, a), 0.2, 0.27)
 
-    return _sequence_mean(pairs, term)
+    return sequence_mean(pairs, term)
 
 
 def _cispo_term(v, a, old):
@@ -359,22 +356,22 @@ def _cispo_term(v, a, old):
 
 
 def cispo(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lo))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lo))
 
 
 def cispo_absolute(mb, batch):
-    pairs = _pairs(mb, lambda g: _norm(_rewards(g)))
-    return _token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lb))
+    pairs = paired(mb, lambda g: norm(_rewards(g)))
+    return token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lb))
 
 
 def scalerl(mb, batch):
     """A mean per prompt; advantages over the standard deviation of all of them."""
-    a = np.concatenate([_center([2 * v.r - 1 for v in group]) for group in batch])
+    a = np.concatenate([center([2 * v.r - 1 for v in group]) for group in batch])
     scale = a.std(ddof=1) + 1e-6
     each = [
-        _token_mean(
-            _pairs([group], lambda g: _center([2 * v.r - 1 for v in g]) / scale),
+        token_mean(
+            paired([group], lambda g: center([2 * v.r - 1 for v in g]) / scale),
             lambda v, a: _cispo_term(v, a, v.lb),
         )
         for group in mb
@@ -383,7 +380,7 @@ def scalerl(mb, batch):
 
 
 def pipelinerl(mb, batch):
-    pairs = _pairs(mb, lambda g: _center(_rewards(g)) * len(g) / (len(g) - 1))
+    pairs = paired(mb, lambda g: center(_rewards(g)) * len(g) / (len(g) - 1))
     return np.mean([_cispo_term(v, a, v.lb).sum() for v, a in pairs])
 
 
@@ -391,13 +388,11 @@ PAPERS = {
     f.__name__: f
     for f in (
         grpo, grpo_r1, dr_grpo, dapo, dapo_prompt, magistral, gspo, gspo_token, dppo, sapo, bypass,
-        control_format, maxrl, intellect2, entropy_8020, entropy_shaping, tis, tis_sequence, mis,
-        sequence_mask, deepseek_v32, decoupled_ppo, reinforce_pp, reinforce_pp_baseline, ppo,
-        ppo_shared, rloo, raft, cispo, cispo_absolute, scalerl, pipelinerl, ttrl,
+        maxrl, intellect2, entropy_8020, entropy_shaping, tis, tis_sequence, mis, sequence_mask,
+        deepseek_v32, decoupled_ppo, reinforce_pp, reinforce_pp_baseline, ppo, ppo_shared, rloo, raft,
+        cispo, cispo_absolute, scalerl, pipelinerl, ttrl,
     )
 }  # fmt: skip
-NO_OBJECTIVE = {"control_random", "sft_gold"}  # a coin's reward; no reinforcement learning
-WITHOUT_SIGNAL = [2]  # the group without a success, unless its lengths are paid for
 PRESENT = {
     (v.n, v.lb.sum()): v.lp for p in range(4) for g in range(3) for v in [view(THETA, p, g, OLD)]
 }

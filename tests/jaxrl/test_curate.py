@@ -95,6 +95,11 @@ def test_a_log_of_other_settings_is_refused_and_a_torn_line_dropped(tmp_path: Pa
     assert log.read_text() == whole
     with pytest.raises(UserError, match="samples=16, but this start has samples=8"):
         curate.read_grades(log, {"samples": 8, "seed": 0})
+    log.write_text(json.dumps({"weights": "runs/a 20"}) + "\n")
+    with pytest.raises(
+        UserError, match="has weights=runs/a 40; name the run's step with --checkpoint"
+    ):
+        curate.read_grades(log, {"weights": "runs/a 40"})
 
 
 @pytest.mark.parametrize(

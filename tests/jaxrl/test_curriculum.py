@@ -185,5 +185,6 @@ def test_contradictions_of_a_curriculum_are_refused(settings, said) -> None:
 def test_a_curriculum_must_end_where_the_rollout_is_and_needs_labels() -> None:
     with pytest.raises(UserError, match=r"rollout\.max_new_tokens=32"):
         Config(curriculum=CurriculumConfig(lengths=(8, 16)))
-    with pytest.raises(UserError, match="by their labels"):
-        Config(curriculum=CurriculumConfig(edge=True), grpo=GrpoConfig(reward_from="majority"))
+    for reward in ("majority", "random"):
+        with pytest.raises(UserError, match="by their labels"):
+            Config(curriculum=CurriculumConfig(edge=True), grpo=GrpoConfig(reward_from=reward))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl.config import TaskConfig
-from jaxrl.errors import UserError
+from jaxrl.errors import UserError, user_message
 from jaxrl.rewards.custom import check_custom, load_custom
 from jaxrl.rewards.pool import RewardPool, VerifierError
 from jaxrl.rewards.verifiers import Verifier, VerifierTask
@@ -15,9 +15,10 @@ from jaxrl.types import Problem, Reward
 RESULT_S = 60.0
 OWN = """
 import math
+import numpy as np
 
 def score(prompt, completion, answer, row):
-    return eval(completion, {"prompt": prompt, "answer": answer, "row": row, "math": math})
+    return eval(completion, {"prompt": prompt, "answer": answer, "row": row, "math": math, "np": np})
 
 def half(*, completion, answer, **others):
     return 0.5 * (completion == answer)
@@ -56,6 +57,7 @@ def test_it_gets_prompt_answer_and_row_and_a_number_is_the_reward(own: str):
         ("{'correct': 1, 'length': -0.5}", 0.5, True, {"correct": 1.0, "length": -0.5}),
         ("{'correct': 0, 'style': 2}", 2.0, False, {"correct": 0.0, "style": 2.0}),
         ("{'reward': 0.3, 'style': 2}", 0.3, False, {"style": 2.0}),
+        ("{'hit': np.bool_(True), 'near': np.array(0.5)}", 1.5, True, {"hit": 1.0, "near": 0.5}),
     ],
 )
 def test_a_mapping_names_parts(own: str, value: str, total: float, correct: bool, parts: dict):
@@ -71,7 +73,9 @@ def test_a_mapping_names_parts(own: str, value: str, total: float, correct: bool
         ("None", "returned None of type NoneType"),
         ("'1'", "returned '1' of type str"),
         ("{}", "empty mapping"),
+        ("{'my part': 1}", "named a part 'my part', which cannot name a curve"),
         ("{'a': [1]}", "part 'a', returned .* of type list"),
+        ("np.ones(1)", "of type ndarray"),
     ],
 )
 def test_anything_but_finite_numbers_is_an_error(own: str, value: str, says: str):
@@ -82,13 +86,16 @@ def test_anything_but_finite_numbers_is_an_error(own: str, value: str, says: str
 def test_the_pool_reports_a_failure_with_its_row_counts_it_and_goes_on(own: str):
     row = {"answer": "4", "source": "sheet 12"}
     problem = Problem(id=77, prompt="2+2=", answer="4", solution="", row=row)
-    config = TaskConfig(verifier=f"{own}:score")
+    config = TaskConfig(verifier=f"{own}:score", reward_memory_gib=1.0)
+    texts = ("1/0", "math.nan", "len(bytearray(2 << 30))", "__import__('sys').exit(0)")
     with RewardPool(config, 0, 1, 30.0, 0.0, make=VerifierTask) as pool:
-        bad = [pool.submit(problem, text, True) for text in ("1/0", "math.nan")]
-        errors = [str(future.exception(timeout=RESULT_S)) for future in bad]
+        bad = [pool.submit(problem, text, True) for text in texts]
+        errors = [user_message(future.exception(timeout=RESULT_S) or OSError()) for future in bad]
         assert pool.submit(problem, "1", True).result(timeout=RESULT_S).total == 1.0
-        assert pool.stats().errors == 2
-    for error, what in zip(errors, ["ZeroDivisionError", "returned nan"], strict=True):
+        assert pool.stats().errors == len(texts)
+    says = ("ZeroDivisionError", "returned nan", "MemoryError", "SystemExit: 0")
+    for error, what in zip(errors, says, strict=True):
+        assert error is not None  # programs end with this text, and not with a traceback of their own
         assert what in error
         assert "problem 77" in error
         assert "sheet 12" in error
@@ -97,9 +104,10 @@ def test_the_pool_reports_a_failure_with_its_row_counts_it_and_goes_on(own: str)
 def test_a_function_that_is_not_there_ends_the_wait_for_the_pool(own: str):
     for name, says in [("scroe", "has no function scroe"), ("narrow", "cannot be called")]:
         config = TaskConfig(verifier=f"{own}:{name}")
-        with RewardPool(config, 0, 1, 30.0, 0.0, make=VerifierTask) as pool:  # noqa: SIM117
-            with pytest.raises(VerifierError, match=says):
+        with RewardPool(config, 0, 1, 30.0, 0.0, make=VerifierTask) as pool:
+            with pytest.raises(VerifierError, match=says) as error:
                 pool.wait_ready()
+            assert "Traceback" not in str(error.value)
 
 
 def test_a_module_is_found_by_its_name(own: str, monkeypatch: pytest.MonkeyPatch):

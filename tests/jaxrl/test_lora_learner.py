@@ -18,7 +18,7 @@ from jaxrl.weights import WeightStore
 from models.config import Lora, ModelConfig
 from models.lora import AdaptedDecoder, adapter_table
 from models.sharding import adapt, init_sharded, make_mesh
-from roofline import cost
+from roofline import cost, parameters
 from roofline.kernels import Layout
 
 ADAM_STATES = 2  # mean and square
@@ -139,6 +139,8 @@ def test_on_the_same_device_rollout_and_learner_hold_one_base(model: ModelConfig
 
 def test_the_optimizers_predicted_bytes_are_the_adapters(model: ModelConfig, learner: Learner):
     layout = Layout(compute_dtype="bfloat16", param_dtype="bfloat16", kv_dtype="bfloat16")
-    assert cost.trained_parameters(model, layout) * 4 == size(learner.state.policy)
-    assert cost.optimizer(model, layout).hbm_bytes == 32 * cost.trained_parameters(model, layout)
-    assert cost.trained_arrays(model) == len(learner.state.policy)
+    assert parameters.trained_parameters(model, layout) * 4 == size(learner.state.policy)
+    assert cost.optimizer(model, layout).hbm_bytes == 32 * parameters.trained_parameters(
+        model, layout
+    )
+    assert parameters.trained_arrays(model) == len(learner.state.policy)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl.algorithms.aggregation import token_weights
-from jaxrl.algorithms.loss import policy_loss, sft_loss
+from jaxrl.algorithms.loss import policy_loss, sft_loss, shaped_advantages
 from jaxrl.algorithms.loss_metrics import finish_metrics, merge_metrics, zero_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
@@ -241,6 +241,39 @@ def test_curves_are_means_over_loss_tokens_with_the_stated_signs():
     for name, value in expected.items():
         np.testing.assert_allclose(curves[name], value, atol=EXACT, err_msg=name)
     assert "tis/weight_mean" not in curves
+
+
+@pytest.mark.parametrize(
+    ("advantage", "entropy", "expected"),
+    [
+        (1.0, 0.5, 1.2),
+        (1.0, 3.0, 1.5),
+        (-1.0, 3.0, -0.5),
+        (0.01, 0.0125, 0.015),
+        (0.01, 2.0, 0.015),
+    ],
+)
+def test_entropy_shapes_an_advantage_as_published_and_passes_no_gradient(
+    advantage, entropy, expected
+):
+    """alpha 0.4, kappa 2."""
+
+    def shaped(a, h):
+        return shaped_advantages(a, h, alpha=0.4, kappa=2.0)
+
+    at = jnp.float32(advantage), jnp.float32(entropy)
+    np.testing.assert_allclose(float(shaped(*at)), expected, atol=EXACT)
+    assert jax.grad(shaped, argnums=(0, 1))(*at) == (0.0, 0.0)
+
+
+def test_the_covariance_of_log_probability_and_advantage_is_logged():
+    batch = _one_row(
+        [True, True, True, False], token_weights=1.0, advantages=[[1.0, -1.0, 0.5, 9.0]]
+    )
+    logprobs = [-0.2, -2.0, -1.0, 5.0]
+    _, curves = _curves(logprobs, batch)
+    expected = np.cov(logprobs[:3], [1.0, -1.0, 0.5], ddof=0)[0, 1]
+    np.testing.assert_allclose(curves["actor/logprob_advantage_cov"], expected, atol=EXACT)
 
 
 def test_the_first_step_on_a_batch_has_ratio_one_to_its_own_learner():

@@ -13,6 +13,7 @@ import pytest
 
 from jaxrl.config import TaskConfig
 from jaxrl.rewards.answers import final_answer
+from jaxrl.rewards.format import Gate, passes
 from jaxrl.rewards.math import score_math
 from jaxrl.rewards.pool import RewardPool
 from jaxrl.rewards.verifiers import VerifierTask
@@ -70,8 +71,11 @@ def _unshared() -> dict[int, str]:
 
 
 def _agrees(case: dict) -> bool:
-    """Our verdict is the case's: right or wrong, an extracted text, or an equivalent normal form."""
+    """Our verdict is the case's: right or wrong, an extracted text, an equivalent normal form, or form."""
     expected, kind = case["expected"], case["kind"]
+    if kind == "format":
+        full = case.get("config", {}).get("full_reward", 1.0)
+        return passes(case["pred"], Gate.THINK) == (expected == full)
     if kind in ("equivalence", "reward", "multiple_choice"):
         gold = case["gold"]
         full = isinstance(expected, (int, float)) and expected == 1
@@ -87,9 +91,8 @@ def _agrees(case: dict) -> bool:
 
 def test_every_golden_case_agrees_but_those_whose_rule_is_listed_as_not_shared(shared_data: Path):
     cases = _rows(shared_data / "goldens/verifier_cases.jsonl")
-    ours = [case for case in cases if case["kind"] != "format"]
-    assert len(ours) == 438 - 41
-    disagreeing = {case["id"] for case in ours if not _agrees(case)}
+    assert len(cases) == 438
+    disagreeing = {case["id"] for case in cases if not _agrees(case)}
     assert disagreeing == set(_unshared())
 
 

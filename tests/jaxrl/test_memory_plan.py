@@ -14,8 +14,6 @@ import pytest
 from jaxrl.config import Config, MeshConfig, ModelOptions, RolloutConfig, TrainConfig
 from jaxrl.programs import Stage
 from jaxrl.rehearse import make_stage
-from models import layers
-from roofline import memory
 from roofline.memory import HELD
 from roofline.phases import Phase
 from roofline.rehearse.executable import Executable, compile_program
@@ -96,10 +94,6 @@ def test_scoring_needs_the_planned_memory(case: Case) -> None:
 @pytest.mark.parametrize("case", [DENSE, WIDE_HEADS, SHARDED])
 def test_decoding_needs_the_planned_memory(case: Case) -> None:
     assert_planned(compiled(case, Phase.DECODE))
-
-
-def test_the_plan_and_the_model_agree_on_a_block_of_scores() -> None:
-    assert memory.SCORES_AT_ONCE == layers.SCORES_AT_ONCE
 
 
 def test_a_training_step_and_its_decode_need_the_planned_memory() -> None:

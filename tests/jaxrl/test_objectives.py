@@ -1,10 +1,11 @@
 """Each algorithm file against its paper's objective, restated in numpy: value and gradient.
 
-papers.py holds the batch and the objectives. The sampler is stale, and where the algorithm makes several
-updates, the learner has moved since the first. The whole path runs: groups, advantages, filters, scores,
-minibatches, packing, loss.
+papers.py and paper_options.py hold the batch and the objectives. The sampler is stale, and where the
+algorithm makes several updates, the learner has moved since the first. The whole path runs: groups,
+advantages, filters, scores, minibatches, packing, loss.
 """
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -13,23 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl.algorithms.loss import policy_loss, value_loss
+from jaxrl.algorithms.loss import policy_loss, sft_loss, value_loss
+from jaxrl.algorithms.votes import pay_majority
 from jaxrl.batch import Batch
 from jaxrl.cli import load_algorithm, resolve_config
 from jaxrl.config import Config, GrpoConfig
 from jaxrl.learner.learner import Scores
 from jaxrl.learner.prepare import Rows, prepare
+from jaxrl.packing import solutions_to_sequences
 from jaxrl.presets import presets
 from jaxrl.refill import take_batch
 from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
+from models.rows import SharedPrompts
 
-_spec = importlib.util.spec_from_file_location("papers", Path(__file__).with_name("papers.py"))
-papers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(papers)
+_path = Path(__file__).with_name("paper_options.py")
+_spec = importlib.util.spec_from_file_location("paper_options", _path)
+paper_options = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(paper_options)
+papers = paper_options.papers
 
 VALUE = 2e-6  # float32 sums of some 40 terms of size 1, weighted to a mean, against float64
 SLOPE = 5e-5  # float32 derivatives along directions of norm 6; central differences add 1e-8
 STEP = 1e-5
+LAYOUT = 1e-6  # float32 gradients of size 0.1, summed in another order
 
 
 def _groups() -> list[RolloutGroup]:
@@ -125,19 +132,32 @@ class Finished:
 ROWS = Rows(row_tokens=17, rows_per_microbatch=2, max_new_tokens=papers.LONGEST)
 
 
-@pytest.mark.parametrize("name", papers.PAPERS)
+THETA = jnp.asarray(papers.THETA, jnp.float32)
+REINFORCED = [name for name in paper_options.PAPERS if name != "sft_gold"]
+
+
+@pytest.mark.parametrize("name", REINFORCED)
 def test_value_and_gradient_are_those_of_the_papers_objective(name):
-    settings = _settings(name)
+    _compare(name, _settings(name), paper_options.PAPERS[name])
+
+
+@pytest.mark.parametrize(
+    "objective", paper_options.OPTIONS, ids=lambda objective: objective.__name__
+)
+def test_named_options_are_those_of_their_sources(objective):
+    name, options = paper_options.OPTIONS[objective]
+    _compare(name, dataclasses.replace(_settings(name), **options), objective)
+
+
+def _compare(name: str, settings: GrpoConfig, restated) -> None:
+    """`restated` is the objective of `settings`, which come from the algorithm file `name`."""
     start = papers.OLD if settings.scores_first else papers.THETA
     taken = take_batch(Finished(), settings, papers.LONGEST)
     prepared = prepare(taken.groups, settings, ROWS, BigramLearner(settings, start))
-    pays_length = name in ("magistral", "control_format")
-    dropped = papers.WITHOUT_SIGNAL if settings.drop_zero_advantage and not pays_length else []
-    if name == "control_format":
-        dropped = [0, 3]  # every completion of these ended by itself
+    dropped = paper_options.WITHOUT_SIGNAL.get(name, [2]) if settings.drop_zero_advantage else []
     kept = [p for p in range(4) if p not in dropped]
     shares = [share for share in np.array_split(kept, settings.minibatches) if share.size]
-    if name == "raft":
+    if settings.keep_samples == "correct":
         shares = [np.array([0, 1, 3])]
     assert len(prepared.minibatches) == len(shares)
     moved = 0.0
@@ -145,24 +165,79 @@ def test_value_and_gradient_are_those_of_the_papers_objective(name):
 
         def objective(theta, share=share):
             views = {p: [papers.view(theta, p, g, start) for g in range(3)] for p in kept}
-            return -papers.PAPERS[name]([views[p] for p in share], list(views.values()))
+            return -restated([views[p] for p in share], list(views.values()))
 
-        value, gradient = jax.value_and_grad(_total)(
-            jnp.asarray(papers.THETA, jnp.float32), batches, settings
-        )
-        np.testing.assert_allclose(float(value), objective(papers.THETA), atol=VALUE, rtol=2e-6)
-        for direction in papers.DIRECTIONS:
-            numeric = objective(papers.THETA + STEP * direction) - objective(
-                papers.THETA - STEP * direction
-            )
-            slope = float(np.sum(np.asarray(gradient, np.float64) * direction))
-            np.testing.assert_allclose(slope, numeric / (2 * STEP), atol=SLOPE)
-            moved = max(moved, abs(slope))
+        value, gradient = jax.value_and_grad(_total)(THETA, batches, settings)
+        moved = max(moved, _agree(value, gradient, objective))
     assert moved > 100 * SLOPE
 
 
+def _agree(value, gradient, objective) -> float:
+    """Ours against the restatement, in value and along directions; the steepest slope."""
+    np.testing.assert_allclose(float(value), objective(papers.THETA), atol=VALUE, rtol=2e-6)
+    slopes = []
+    for direction in papers.DIRECTIONS:
+        numeric = objective(papers.THETA + STEP * direction) - objective(
+            papers.THETA - STEP * direction
+        )
+        slopes.append(float(np.sum(np.asarray(gradient, np.float64) * direction)))
+        np.testing.assert_allclose(slopes[-1], numeric / (2 * STEP), atol=SLOPE)
+    return max(map(abs, slopes))
+
+
+def test_supervised_training_has_the_value_and_gradient_of_the_cross_entropy():
+    """The batch of sft_gold: prompts with solutions, as the cold start packs them."""
+    tokens = [papers.TOKENS[p][g].tolist() for p in range(4) for g in range(3)]
+    sequences = solutions_to_sequences([t[:2] for t in tokens], [t[2:] for t in tokens])
+    batches, _ = ROWS.pack(sequences)
+
+    def total(theta):
+        return sum((sft_loss(_score(theta, batch)[0], batch) for batch in batches), jnp.float32(0))
+
+    def objective(theta):
+        views = [[papers.view(theta, p, g, theta) for g in range(3)] for p in range(4)]
+        return -paper_options.PAPERS["sft_gold"](views, views)
+
+    assert len(batches) > 1
+    assert _settings("sft_gold").ratio == "ppo"  # its grpo section is the default: nothing reads it
+    assert _agree(*jax.value_and_grad(total)(THETA), objective) > 100 * SLOPE
+
+
 def test_every_algorithm_has_its_objective_restated():
-    assert {preset.name for preset in presets()} == set(papers.PAPERS) | papers.NO_OBJECTIVE
+    assert {preset.name for preset in presets()} == set(paper_options.PAPERS)
+
+
+OTHER_ROWS = Rows(
+    row_tokens=17, rows_per_microbatch=1, max_new_tokens=papers.LONGEST,
+    shared=SharedPrompts(prompt_tokens=1, parts=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REINFORCED)
+def test_microbatches_padding_order_and_shared_prompts_change_nothing(name):
+    """Two rows in a micro-batch, each sample with its prompt, against one row, turned round, prompts shared."""
+    settings = _settings(name)
+    first = _gradients(_groups(), settings, ROWS)
+    other = _gradients(_turned(name), settings, OTHER_ROWS)
+    for mine, expected in zip(other, first, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=LAYOUT)
+    assert max(np.abs(one).max() for one in first) > 100 * LAYOUT
+
+
+def _turned(name: str) -> list[RolloutGroup]:
+    """The samples of each group from last to first; not where the first of equal answers counts."""
+    if name == "ttrl":
+        return _groups()
+    return [dataclasses.replace(g, rollouts=g.rollouts[::-1]) for g in _groups()]
+
+
+def _gradients(groups, settings: GrpoConfig, rows: Rows) -> list[np.ndarray]:
+    """Of each minibatch."""
+    start = papers.OLD if settings.scores_first else papers.THETA
+    if settings.reward_from == "majority":
+        groups = [pay_majority(group, settings.group_size) for group in groups]
+    prepared = prepare(groups, settings, rows, BigramLearner(settings, start))
+    return [np.asarray(jax.grad(_total)(THETA, b, settings)) for b in prepared.minibatches]
 
 
 def test_the_value_loss_is_half_the_larger_of_two_squares():

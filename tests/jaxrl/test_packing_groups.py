@@ -9,6 +9,7 @@ from jaxrl.algorithms.advantages import group_advantages
 from jaxrl.algorithms.rewards import shaped_rewards
 from jaxrl.config import GrpoConfig
 from jaxrl.packing import groups_to_sequences
+from jaxrl.presets import presets
 from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
 
 ROUNDING = 1e-6  # float32 fields against float64 arithmetic
@@ -162,14 +163,36 @@ def test_shaped_rewards_are_shifted_scaled_and_pay_for_length():
     np.testing.assert_allclose(shaped_rewards([MIXED], spared, MAX_NEW), [[1, -1, -1]])
 
 
+@pytest.mark.parametrize(
+    ("correct", "length", "reward"),
+    [(True, 100, 1), (True, 20480, 0), (False, 100, -1), (False, 20480, -2), (True, 18432, 0.5)],
+)
+def test_dapo_pays_plus_or_minus_one_and_takes_off_over_the_last_fifth(correct, length, reward):
+    """Its algorithm file at the paper's limit of 20480 tokens."""
+    dapo = next(p for p in presets() if p.name == "dapo").config.grpo
+    group = _group([7], [(length, float(correct), S), (1, 0.0, S)])
+    assert shaped_rewards([group], dapo, 20480)[0, 0] == reward
+
+
+COIN = 4 * 0.5 / np.sqrt(4000)  # four standard errors of a share of 4000 coins
+
+
 def test_controls_pay_a_coin_or_the_form():
-    groups = [MIXED, SOLVED, OTHER] * 20
+    groups = [
+        dataclasses.replace(MIXED, prompt=dataclasses.replace(MIXED.prompt, index=n))
+        for n in range(4000)
+    ]
     coins = shaped_rewards(groups, GrpoConfig(reward_from="random"), MAX_NEW)
     assert set(np.unique(coins)) == {0.0, 1.0}
-    np.testing.assert_array_equal(
-        coins, shaped_rewards(groups, GrpoConfig(reward_from="random"), MAX_NEW)
-    )
-    form = shaped_rewards(groups, GrpoConfig(reward_from="format"), MAX_NEW)
+    assert (
+        abs(coins.mean(axis=0) - 0.5).max() < COIN
+    )  # whichever sample: the first one is the right one
+    assert abs(np.corrcoef(coins.T)[np.triu_indices(3, 1)]).max() < 2 * COIN
+    again = shaped_rewards(groups[:9], GrpoConfig(reward_from="random"), MAX_NEW)
+    np.testing.assert_array_equal(coins[:9], again)
+    advantages = group_advantages(coins)
+    assert abs(advantages[:, 0].mean()) < 4 / np.sqrt(4000)  # of the sample that solves it
+    form = shaped_rewards(groups[:9], GrpoConfig(reward_from="format"), MAX_NEW)
     assert (form == 0.5).all()  # the parts of these verdicts
 
 

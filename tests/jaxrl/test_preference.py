@@ -249,7 +249,8 @@ def test_the_update_follows_the_gradient_of_the_paired_loss(pairs_config) -> Non
     policy = first_policy(config.model, subject.model, mesh, 0)
     rate = 1e-3
     learner = Learner(
-        subject.model, mesh, policy, optax.sgd(rate), forward=build.forward_settings(config, mesh),
+        subject.model, mesh, policy, optax.sgd(rate),
+        forward=build.forward_settings(config, mesh, subject.model),
         grpo=config.grpo, max_nonfinite_steps=1, observer=Observer(),
     )  # fmt: skip
     pairs = read_pairs(
@@ -318,3 +319,53 @@ def test_other_pairs_than_the_run_began_with_are_refused(pairs_config) -> None:
     config.preference.path.write_text("\n".join(reversed(rows)) + "\n")
     with pytest.raises(UserError, match="other pairs"):
         preference.run(config, [])
+
+
+STORIES = [
+    (
+        "Once upon a time, there was a little",
+        " girl named Lily. She liked to play.",
+        " zx qq vv kk zz jj.",
+    ),
+    ("One day, Tim went to the", " park with his mom. They had fun.", " ww yy qq zz vx kj."),
+    ("The dog saw a big", " ball. He ran to it and was happy.", " kk jj zz qx xv ww."),
+    ("Lily and Tom were", " friends. They played with toys.", " vv xx zq jk qq yz."),
+]
+"""Prompts with a completion as the checkpoint tells stories, and one that it never would."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sft", "dpo", "apo_zero", "apo_down"])
+def test_a_real_checkpoint_trains_on_pairs_by_every_loss(
+    shared_data: Path, tmp_path: Path, loss: str
+) -> None:
+    """Rejected are stories, chosen is gibberish, so that what is learnt is not what it could already."""
+    path = written(
+        tmp_path / "pairs.jsonl",
+        *({"prompt": prompt, "chosen": odd, "rejected": story} for prompt, story, odd in STORIES),
+    )
+    out = tmp_path / "run"
+    preference.main(
+        [
+            "--config=stories", f"--model.path={shared_data / 'weights' / 'stories260K'}",
+            f"--preference.path={path}", f"--preference.loss={loss}", "--preference.epochs=12",
+            "--preference.pairs-per-step=4", "--train.warmup-steps=2", "--train.rows-per-microbatch=2",
+            f"--run.dir={out}",
+        ]
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first, last = lines[0], lines[-1]
+    assert len(lines) == 12
+    assert last["preference/loss"] < first["preference/loss"]
+    assert (out / "checkpoints" / "12").is_dir()
+    if loss == "sft":
+        assert last["preference/loss"] < 0.9 * first["preference/loss"]
+        return
+    at_the_reference = {"dpo": np.log(2), "apo_zero": 1.0, "apo_down": 1.0}[loss]
+    assert first["preference/loss"] == pytest.approx(at_the_reference, abs=1e-5)
+    assert first["logprobs/chosen"] < first["logprobs/rejected"]  # it tells stories
+    assert last["rewards/accuracy"] == 1.0
+    assert last["rewards/margin"] > 0.1
+    chosen_goes_up = last["rewards/chosen"] > 0
+    assert chosen_goes_up == (loss != "apo_down")
+    assert last["rewards/rejected"] < 0

@@ -64,6 +64,23 @@ def test_the_command_line_wins_over_the_algorithm():
     assert cli.parse_args(words).config.grpo.clip_high == 0.5
 
 
+def test_the_command_line_mends_what_contradicts_the_algorithm():
+    """Magistral's reward has a penalty of length already; gspo_token has entropy shaping, gspo none."""
+    words = ["--config=qwen3_4b_magistral_8gpu", "--algorithm=magistral"]
+    with pytest.raises(SystemExit):
+        cli.parse_args(words)
+    made = cli.parse_args([*words, "--grpo.length-reward=none"]).config
+    assert (made.task.shaping.kind, made.grpo.length_reward) == ("magistral", "none")
+    made, _ = cli.load_algorithm(
+        cli.resolve_config("reinforce_pp", "--algorithm"),
+        Config(grpo=GrpoConfig(group_size=1, advantage_baseline="none", advantage_scale="none",
+                               drop_zero_advantage=False)),
+    )  # fmt: skip
+    assert made.grpo.group_size == 1
+    words = ["--algorithm=gspo_token", "--grpo.ratio=gspo", "--grpo.entropy-shaping=0"]
+    assert cli.parse_args(words).config.grpo.ratio == "gspo"
+
+
 @pytest.mark.parametrize(
     "name", ["gspo", "gspo.yaml", "algorithms/gspo", "configs/algorithms/gspo.yaml"]
 )
@@ -137,12 +154,20 @@ BATCH = {"drop_zero_advantage": False}
             "set grpo.ratio=gspo_token",
         ),
         ({"correction": "truncated"}, "by learner/sampler twice"),
-        ({"kl_in": "reward", "kl_estimator": "k1"}, "subtracts nothing"),
-        ({"kl_in": "reward", "kl_weight": 0.1}, "k1 is exact there"),
+        ({"kl_in": "reward", **BATCH}, "subtracts nothing"),
+        ({"kl_in": "reward", "kl_weight": 0.1}, "still differ in their KL"),
         (
-            {"kl_in": "reward", "kl_weight": 0.1, "kl_estimator": "k1", "kl_bound": 10.0},
-            "set grpo.kl_in=loss",
+            {"kl_in": "reward", "kl_weight": 0.1, "kl_estimator": "k3_straight", **BATCH},
+            "k1 (exact there)",
         ),
+        ({"kl_in": "reward", "kl_weight": 0.1, "kl_bound": 10.0, **BATCH}, "set grpo.kl_in=loss"),
+        ({"kl_importance": True}, "that grpo.kl_weight=0 leaves out"),
+        ({"kl_target": 1.0, "kl_horizon": 0}, "usual: 10000"),
+        ({"kl_weight": -0.1}, "must be at least 0"),
+        ({"clip_high": float("nan")}, "must be a finite number"),
+        ({"entropy_weight": float("inf")}, "must be a finite number"),
+        ({"gamma": 0.9}, "compares whole completions"),
+        ({"gae_lambda": 0.95}, "has no critic"),
         ({"kl_target": 1.0}, "adapts the KL of grpo.kl_in=reward only"),
         ({"reference_refresh_steps": 10}, "refreshes a reference that nothing uses"),
         ({"group_size": 1}, "at least 2 samples"),
@@ -156,8 +181,13 @@ BATCH = {"drop_zero_advantage": False}
         ({"minibatches": 17}, "a minibatch holds whole groups"),
         ({"count_masked": True}, "set both or neither"),
         ({"mask_truncated": True, "count_masked": True, "minibatches": 2}, "over the whole batch"),
-        ({"length_reward": "soft_overlong"}, "needs a buffer"),
-        ({"overlong_buffer": 4}, "nothing else uses one"),
+        ({"length_reward": "cosine", "reward_scale": 2.0}, "would change nothing"),
+        ({"overlong_buffer": 4}, "nothing but soft_overlong uses a buffer"),
+        ({"overlong_buffer": -4}, "a fifth of the limit"),
+        ({"advantage_scale": "group_mean", "reward_shift": -0.5}, "can make negative"),
+        ({"correction": "masked", "correction_cap": 1.0, "ratio_from": "learner"}, "exact agreement"),
+        ({"ratio": "gspo", "aggregation": "sequence_mean", "entropy_shaping": 0.4}, "gspo_token"),
+        ({"ratio": "gspo", "aggregation": "sequence_mean", "top_entropy_share": 0.2}, "gspo_token"),
         ({"ratio": "cispo", "clip_bounds": "absolute"}, "0 <= clip_low=0.2 <= 1 <= clip_high"),
         ({"ratio": "cispo", "dual_clip": 3.0}, "bounds the PPO clip only"),
         ({"entropy_shaping": 0.4, "entropy_shaping_bound": 1.0}, "advantages change sign"),
@@ -171,9 +201,30 @@ def test_contradictions_are_refused_with_the_reason(settings, said):
     assert said in str(refused.value)
 
 
-def test_a_filtered_sampler_refuses_a_ratio_to_it():
-    with pytest.raises(UserError, match=r"grpo\.ratio_from=learner, or top_p=1"):
-        Config(rollout=RolloutConfig(top_p=0.9))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ratio_from": "learner", "correction": "truncated"},
+        {"ratio_from": "learner", "sequence_mask": "geometric"},
+    ],
+)
+def test_a_filtered_sampler_refuses_a_ratio_to_it(settings):
+    with pytest.raises(UserError, match=r"grpo\.ratio_from=learner with .* or top_p=1"):
+        Config(rollout=RolloutConfig(top_p=0.9), grpo=GrpoConfig(**settings))
+
+
+def test_a_penalty_longer_than_the_completions_is_refused():
+    grpo = GrpoConfig(length_reward="soft_overlong", overlong_buffer=40)
+    with pytest.raises(UserError, match="set it to 0 for a fifth"):
+        Config(grpo=grpo)
+
+
+@pytest.mark.parametrize("name", ["clip_high", "correction_cap", "mask_high"])
+def test_infinity_switches_a_bound_off(name):
+    """AReaL's newer default, CISPO as importance-weighted REINFORCE."""
+    made = cli.parse_args([f"--grpo.{name}=inf", "--grpo.ratio-from=learner"]).config.grpo
+    assert getattr(made, name) == float("inf")
 
 
 @pytest.mark.parametrize(

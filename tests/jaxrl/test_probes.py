@@ -13,12 +13,13 @@ from jaxrl.length_curriculum import LengthCurriculum, Stage
 from jaxrl.observe import Observer
 from jaxrl.prompts import PromptStream
 from jaxrl.rollout.engine import SamplingParams
-from jaxrl.rollout.probes import ProbeSettings
+from jaxrl.rollout.probes import Probes, ProbeSettings
 from jaxrl.rollout.worker import RolloutWorker, Stages
 from jaxrl.tokenizer import CharTokenizer
 from jaxrl.types import Completion, Finish, Problem, Reward
 
 P, G, SLOTS = 3, 4, 16
+PARAMS = SamplingParams(max_new_tokens=4, stop_ids=(1,))
 PROBLEMS = [Problem(id=n, prompt=str(n), answer="", solution="") for n in range(9)]
 
 
@@ -82,7 +83,7 @@ class Engine:
 class Rewards:
     """Half of the samples of every third problem are right, and all others wrong."""
 
-    def submit_many(self, items) -> Future:
+    def submit_many(self, items, *, urgent: bool) -> Future:
         future: Future = Future()
         right = [p.id % 3 == 0 and n % 2 == 0 for n, (p, *_) in enumerate(items)]
         future.set_result([Reward(total=float(r), correct=r) for r in right])
@@ -107,7 +108,7 @@ def run(
     settings = ProbeSettings(source=edge, slots=probe_slots, samples=4)
     worker = RolloutWorker(
         engine, Store(), buffer, Rewards(), CharTokenizer("0123456789"), group_size=G,
-        params=SamplingParams(max_new_tokens=4, stop_ids=(1,)), observer=Observer(), stages=stages,
+        params=PARAMS, observer=Observer(), stages=stages,
         probes=settings if probe_slots else None,
     )  # fmt: skip
     seen = []
@@ -144,6 +145,31 @@ def test_no_sample_of_the_batch_ever_waits_behind_a_probe() -> None:
     curves = edge.curves()
     assert curves["curriculum/probe_cancelled"] > 0
     assert curves["curriculum/promoted"] == 0
+
+
+def test_a_probe_without_a_verdict_holds_its_share_of_the_slots() -> None:
+    """So that a slow verifier never has more probes before it than slots may hold."""
+    base = PromptStream(PROBLEMS, CharTokenizer("0123456789"), 0, 4, False)
+    edge = EdgeStream(base, CurriculumConfig(edge=True, unsolved_after=4, probe_slots=8))
+    for problem in PROBLEMS:
+        edge._update(problem.id, 0, 4)  # all unsolved
+    engine, verdicts = Engine(), []
+    probes = Probes(ProbeSettings(source=edge, slots=8, samples=4), Observer(), pytest.fail)
+
+    def judge(prompt, completions) -> Future:
+        verdicts.append(Future())
+        return verdicts[-1]
+
+    probes.fill(engine, PARAMS)
+    assert len(engine.queue) == 8
+    while not engine.is_idle:
+        for request, completion in engine.run_chunk(None):
+            probes.finish(request, completion, judge)
+    probes.fill(engine, PARAMS)
+    assert (len(verdicts), engine.queue) == (2, [])
+    verdicts[0].set_result([Reward(total=0.0, correct=False)] * 4)
+    probes.fill(engine, PARAMS)
+    assert len(engine.queue) == 4
 
 
 def test_a_change_of_stage_waits_for_what_is_under_way_and_frees_the_old_engine() -> None:

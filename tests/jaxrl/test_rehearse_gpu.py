@@ -42,6 +42,8 @@ PLANNED = 0.10
 """Peak memory as planned: the figure that the plan promises."""
 GATHERED = 0.02
 """Gathered bytes: norm scales are left out of the prediction."""
+FLAGS_BYTES = 64
+"""Most that says whether all slots have stopped."""
 
 
 @pytest.fixture(autouse=True)
@@ -122,9 +124,12 @@ def test_gradients_are_scattered_but_the_heads_which_is_summed_whole() -> None:
         assert ratio(executable, name) == pytest.approx(1, abs=GATHERED)
 
 
-def test_devices_that_share_the_slots_exchange_nothing_but_when_to_stop() -> None:
-    exchanged = [c for c in compiled(Phase.DECODE, 8).collectives if c.array_bytes > 64]
-    assert not exchanged
+def test_devices_that_share_the_slots_exchange_flags_and_once_a_chunk_its_samples() -> None:
+    executable = compiled(Phase.DECODE, 8)
+    (gathered,) = [c for c in executable.collectives if c.array_bytes > FLAGS_BYTES]
+    (counted,) = executable.program.traffic
+    assert (gathered.kind, gathered.times) == (counted.kind, 1)
+    assert gathered.whole_bytes == counted.array_bytes
 
 
 def test_one_device_exchanges_nothing() -> None:

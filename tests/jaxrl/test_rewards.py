@@ -140,6 +140,18 @@ def test_slow_items_of_one_group_run_on_all_workers(nasty, tmp_path: Path):
     assert len({reward.parts["pid"] for reward in rewards}) == 2
 
 
+def test_what_is_not_urgent_waits_for_what_is(nasty, tmp_path: Path):
+    ended = []
+    with _pool(nasty, tmp_path, latency_s=0.06) as pool:  # one item per message
+        later = pool.submit_many(_items(*["fine"] * 3), urgent=False)
+        soon = pool.submit_many(_items("fine", "fine"))
+        later.add_done_callback(lambda _: ended.append("later"))
+        soon.add_done_callback(lambda _: ended.append("soon"))
+        _result(later)
+        _result(soon)
+    assert ended == ["soon", "later"]
+
+
 def test_a_hung_item_alone_gets_zero_and_is_counted(nasty, tmp_path: Path):
     with _pool(nasty, tmp_path, timeout_s=0.5) as pool:
         rewards = _result(pool.submit_many(_items("fine", "hang", "fine")))

@@ -36,7 +36,7 @@ def test_each_row_gets_reward_and_parts_in_order(tmp_path: Path, capsys: pytest.
     rows = [
         {"gold": r"\frac{1}{2}", "pred": "0.5", "expected": True},
         {"prompt": "2+2=", "completion": r"It is \boxed{5}.", "answer": "4", "expected": 1},
-        {"answer": "72", "response": "So.\n#### 72", "expected": 1.0},
+        {"answer": 72, "response": "So.\n#### 72", "expected": 1.0},
     ]
     out = tmp_path / "out.jsonl"
     cases = _write(tmp_path / "cases.jsonl.gz", rows)
@@ -101,6 +101,19 @@ def test_a_verifier_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytes
             main(["--verifier", verifier, "--cases", str(cases), f"--out={tmp_path / 'out'}"])
         assert exit_info.value.code == 2
         assert says in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    cases = _write(tmp_path / "cases.jsonl", [{"gold": "1", "pred": "1"}])
+    before = cases.read_bytes()
+    for out, says in [(cases, "would overwrite the cases"), (cases / "x", "cannot be written")]:
+        with pytest.raises(SystemExit) as exit_info:
+            main(["--verifier", "exact", "--cases", str(cases), f"--out={out}"])
+        assert exit_info.value.code == 2
+        assert says in capsys.readouterr().err
+    assert cases.read_bytes() == before
 
 
 def test_the_command_scores_the_answer_pairs(shared_data: Path, tmp_path: Path):

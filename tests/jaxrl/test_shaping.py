@@ -1,4 +1,4 @@
-"""Format gates, the length penalty, and their combination in Magistral and DAPO."""
+"""Format gates, the length penalty, and their combination in Magistral."""
 
 import pytest
 from hypothesis import given
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from jaxrl.errors import UserError
 from jaxrl.rewards.format import Gate, has_box, passes, split_thoughts
-from jaxrl.rewards.shaping import dapo_reward, magistral_reward, soft_length_penalty
+from jaxrl.rewards.shaping import magistral_reward, soft_length_penalty
 
 ROUNDING = 1e-12
 """A few float64 roundings of sums of tenths."""
@@ -26,16 +26,6 @@ def test_the_length_penalty_of_dapo(num_tokens: int, penalty: float):
 def test_an_impossible_penalty_is_refused(soft: int):
     with pytest.raises(UserError, match=str(soft)):
         soft_length_penalty(10, MAX, soft)
-
-
-@pytest.mark.parametrize(
-    ("correct", "num_tokens", "total"),
-    [(True, 100, 1), (True, 20480, 0), (False, 100, -1), (False, 20480, -2), (True, 18432, 0.5)],
-)
-def test_dapo_adds_the_penalty_to_plus_or_minus_one(correct: bool, num_tokens: int, total: float):
-    reward = dapo_reward(correct, soft_length_penalty(num_tokens, MAX, SOFT))
-    assert reward.total == total
-    assert reward.correct is correct
 
 
 @pytest.mark.parametrize(

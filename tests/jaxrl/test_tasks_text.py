@@ -2,10 +2,8 @@
 
 import gzip
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,52 +144,6 @@ def test_long_problems_are_left_out_by_prompt_and_by_solution(tmp_path: Path):
     kept = {p.row["question"] for p in everything(task)}
     assert kept == {row["question"] for row in WORDS if len(row["question"]) <= most}
     assert len(kept) == 99
-
-
-def test_what_is_no_source_is_refused_before_anything_is_read(tmp_path: Path):
-    for path in ("absent.jsonl", "openai/gsm8k", "a:b:c"):
-        with pytest.raises(UserError, match=r"task\.path=.* is no file; give a \.jsonl"):
-            make_task(TaskConfig(name="gsm8k", path=Path(path)), 0)
-    with pytest.raises(UserError, match=r"set task\.path"):
-        make_task(TaskConfig(name="math"), 0)
-    path = tmp_path / "cut.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"prompt": "a"}')[:-9])
-    with pytest.raises(UserError, match=r"cut\.jsonl\.gz cannot be read"):
-        everything(TaskConfig(name="jsonl", path=path))
-
-
-def test_parquet_is_read_through_pyarrow_and_its_absence_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    path = write(tmp_path / "words.parquet", [])
-    config = TaskConfig(name="gsm8k", path=path)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UserError, match="pip install pyarrow"):
-        everything(config)
-    table = SimpleNamespace(to_pylist=lambda: WORDS)
-    fake = SimpleNamespace(read_table=lambda given: table if given == path else None)
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", fake)
-    assert len(everything(config)) == len(WORDS)
-
-
-def test_a_data_set_of_the_hub_is_named_with_subset_and_split(monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def load_dataset(name: str, subset: str | None, *, split: str) -> list[dict[str, str]]:
-        asked.append((name, subset, split))
-        if name == "nobody/nothing":
-            raise ConnectionError("Couldn't reach 'nobody/nothing' on the Hub")
-        return WORDS
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    for path in ("openai/gsm8k:main:train", "me/words:test"):
-        assert len(everything(TaskConfig(name="gsm8k", path=Path(path)))) == len(WORDS)
-    assert set(asked) == {("openai/gsm8k", "main", "train"), ("me/words", None, "test")}
-    with pytest.raises(UserError, match="nothing:train cannot be had: Couldn't reach"):
-        everything(TaskConfig(name="gsm8k", path=Path("nobody/nothing:train")))
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
-        everything(TaskConfig(name="gsm8k", path=Path("openai/gsm8k:main:train")))
 
 
 @pytest.mark.parametrize(

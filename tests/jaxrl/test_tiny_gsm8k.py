@@ -110,6 +110,7 @@ def test_a_new_checkpoint_depends_on_its_seed_alone_and_overwrites_nothing(
         ([f"--tokenizer={checkpoint}", f"--out={checkpoint}"], "not empty"),
         ([f"--tokenizer={checkpoint}", f"--out={tmp_path / 'x'}", "--eos=<end>"], "'<end>'"),
         ([f"--text={checkpoint / 'config.json'}", f"--out={tmp_path / 'x'}", "--vocab=9"], "259"),
+        (["--text=/dev/null", f"--out={tmp_path / 'x'}"], "holds no text"),
         ([f"--tokenizer={tmp_path}", f"--out={tmp_path / 'x'}"], "tokenizer.json"),
     ):
         with pytest.raises(SystemExit):

@@ -87,9 +87,13 @@ def test_verifiers_say_what_the_answer_is() -> None:
         ({"reward_from": "majority", "signal_from": "correct"}, "reads the label"),
         ({"reward_from": "majority", "keep_samples": "correct"}, "reads the label"),
         ({"reward_from": "majority", "length_reward": "cosine"}, "pays by the label"),
+        ({"reward_from": "majority", "group_size": 2}, "pays the first sample whatever it says"),
+        ({"reward_from": "random", "keep_samples": "correct"}, "reads the label"),
+        ({"reward_from": "random", "length_reward": "cosine"}, "pays by the label"),
+        ({"reward_from": "format", "signal_from": "correct"}, "reads the label"),
     ],
 )
-def test_what_reads_labels_is_refused_with_votes(settings, said) -> None:
+def test_what_reads_labels_is_refused_with_votes_and_controls(settings, said) -> None:
     with pytest.raises(UserError) as refused:
         GrpoConfig(**settings)
     assert said in str(refused.value)

@@ -271,6 +271,10 @@ def test_a_truncated_file_is_refused_by_file_name(folder, keep):
         ({"layer_types": ["sliding_attention"]}, "sliding window"),
         ({"hidden_size": None}, "hidden_size=None must be a positive whole number"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a positive number"),
+        ({"rope_theta": "1e4", "rope_parameters": None}, "rope_theta='1e4' must be a positive"),
+        ({"rope_scaling": [8.0]}, r"rope scaling \[8\.0\] is no object"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id"),
     ],
 )
 def test_what_would_be_computed_differently_is_refused(folder, changes, message):

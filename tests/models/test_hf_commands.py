@@ -13,7 +13,7 @@ import pytest
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.learner.steps import TrainState
 from jaxrl.tokenizer import CharTokenizer, load_tokenizer
-from models.config import ModelConfig
+from models.config import Lora, ModelConfig
 from models.hf import checkpoint_folder, describe_model, export_policy, load_policy, save_policy
 from models.hf.__main__ import main
 from models.hf.merge import merge
@@ -96,11 +96,15 @@ def test_exports_that_cannot_be_made_say_why(run_folder, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(run_folder, other)
     describe_model(replace(CONFIG, ffw_size=32), other)
+    adapted = tmp_path / "adapted"
+    describe_model(replace(CONFIG, lora=Lora.of(2, 4.0, "all-linear")), adapted)
     for words, message in (
         ([f"--run={tmp_path}", "--out=x"], "holds no model/config.json"),
         ([f"--run={run_folder}", f"--out={tmp_path / 'used'}"], "exists and is not empty"),
         ([f"--run={run_folder}", "--out=x", "--step=5"], "no checkpoint of step 5; it has [0, 7]"),
         ([f"--run={other}", "--out=x"], "parameter up in"),
+        ([f"--run={run_folder}", "--out=x", "--adapter"], "no adapter; export it without"),
+        ([f"--run={adapted}", "--out=x", "--adapter", "--dtype=bfloat16"], "leave --dtype out"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["export", *words])
@@ -170,11 +174,16 @@ def test_inspection_gives_sizes_and_shardings(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), "--tensor=3"])
     assert "kv_heads=2 (of parameter" in capsys.readouterr().err
+    for words in (["inspect", str(tmp_path), "--fsdp=0"], ["new", "--text=x", "--out=y", "--ffw=0"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert "'0' must be a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_what_is_neither_folder_nor_reachable_is_said_so(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="is no folder and no hub id; give a folder"):
         checkpoint_folder("/nowhere/at/all")
-    with pytest.raises(ValueError, match=r"not in the local cache, .* download it where there is"):
+    with pytest.raises(ValueError, match=r"not in the local cache, .* download .* make it first"):
         checkpoint_folder("nobody/no-such-model")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from models.cache import KEY_BLOCK, init_cache
-from models.config import ModelConfig
+from models.config import Lora, ModelConfig
 from models.decoder import (
     abstract_decoder,
     decode_step,
@@ -20,9 +22,11 @@ from models.decoder import (
     prefill,
 )
 from models.head import head_logits, target_logprobs
-from models.rows import SharedPrompts
+from models.lora import AdaptedDecoder, init_adapter
+from models.prefixes import init_prefixes
+from models.rows import PrefixRows, SharedPrompts
 from models.sharding import make_mesh, policy_shardings
-from roofline import cost
+from roofline import cost, parameters
 from roofline.kernels import Layout, stored_in
 from roofline.memory import kv_cache_bytes, memory_per_device
 
@@ -169,10 +173,86 @@ def test_decode_flops_equal_the_step_program(model: ModelConfig, kv_len: int) ->
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_decode_over_shared_prompts_costs_the_flops_and_bytes_of_its_program(
+    model: ModelConfig,
+) -> None:
+    slots, own, table = 6, 24, PrefixRows(rows=2, lanes=4, tokens=40)
+
+    def step(policy: Any, cache: Any, rows: Any, tokens: Any, positions: Any) -> Any:
+        hidden, cache = decode_step(
+            policy, cache, tokens, positions, dtype=jnp.float32, prefixes=rows
+        )
+        return head_logits(policy, hidden, dtype=jnp.float32), cache
+
+    cache = jax.eval_shape(partial(init_cache, model, slots, own, jnp.float32))
+    rows = jax.eval_shape(partial(init_prefixes, model, table, slots, jnp.float32, "blocks"))
+    of_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    once = flops_of(step, abstract_decoder(model), cache, rows, of_slots, of_slots)
+    predicted = cost.decode(model, Layout(), slots, own, 1, table)
+    assert predicted.flops == once
+    sizes = memory_per_device(model, Layout(), slots=slots, max_len=own, prefixes=table)
+    assert sizes["kv_cache"] == sum(leaf.size * 4 for leaf in jax.tree.leaves(cache))
+    assert sizes["prefixes"] == sum(leaf.size * 4 for leaf in jax.tree.leaves(rows.cache))
+
+
+ADAPTED = [
+    replace(QWEN3_LIKE, lora=Lora.of(3, 6.0, "all-linear")),
+    replace(QWEN2_LIKE, lora=Lora.of(2, 4.0, "q_proj,v_proj,down_proj")),
+]
+
+
+def adapted(model: ModelConfig) -> AdaptedDecoder:
+    """Shapes of a frozen base under the model's adapter."""
+    adapter = jax.eval_shape(partial(init_adapter, model), jax.random.key(0))
+    return AdaptedDecoder(base=abstract_decoder(model), adapter=adapter)
+
+
+@pytest.mark.parametrize("model", ADAPTED)
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_training_an_adapter_costs_the_flops_of_its_differentiated_program(
+    model: ModelConfig, remat: cost.Remat
+) -> None:
+    policy = adapted(model)
+
+    def loss(adapter: Any, base: Any, *batch: Any) -> jax.Array:
+        whole = AdaptedDecoder(base=base, adapter=adapter)
+        return logprob_sum(whole, *batch, remat=remat == "block", chunk_tokens=12)
+
+    program = jax.make_jaxpr(jax.grad(loss))(policy.adapter, policy.base, *packed(3, 17)).jaxpr
+    # the head's gradient is made for nobody; XLA leaves it out as jax's own pass does
+    alive, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    predicted = cost.train(model, Layout(), 17, 3, remat=remat, chunk_tokens=12)
+    assert predicted.flops == dot_flops(alive)
+
+
+@pytest.mark.parametrize("model", ADAPTED)
+def test_an_adapter_s_forward_phases_cost_the_flops_of_their_programs(model: ModelConfig) -> None:
+    policy, slots, kv_len = adapted(model), 5, 40
+    scored = partial(logprob_sum, remat=False, chunk_tokens=12)
+    assert cost.score(model, Layout(), 17, 3, chunk_tokens=12).flops == flops_of(
+        scored, policy, *packed(3, 17)
+    )
+    prompts = jax.ShapeDtypeStruct((3, 11), jnp.int32)
+    assert cost.prefill(model, Layout(), rows=3, tokens=11).flops == flops_of(
+        partial(prefill, dtype=jnp.float32), policy, prompts
+    )
+
+    def step(policy: Any, cache: Any, tokens: Any, positions: Any) -> Any:
+        hidden, cache = decode_step(policy, cache, tokens, positions, dtype=jnp.float32)
+        return head_logits(policy, hidden, dtype=jnp.float32), cache
+
+    cache = jax.eval_shape(partial(init_cache, model, slots, kv_len, jnp.float32))
+    of_slots = jax.ShapeDtypeStruct((slots,), jnp.int32)
+    assert cost.decode(model, Layout(), slots=slots, kv_len=kv_len, steps=1).flops == flops_of(
+        step, policy, cache, of_slots, of_slots
+    )
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_parameter_counts_equal_the_tree(model: ModelConfig) -> None:
     policy = abstract_decoder(model)
     assert model.num_parameters == num_parameters(policy)
-    assert cost.num_arrays(model) == len(jax.tree.leaves(policy))
+    assert parameters.num_arrays(model) == len(jax.tree.leaves(policy))
 
 
 @pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 1, 1), (2, 2, 2), (1, 8, 1), (4, 1, 2)])
@@ -192,7 +272,7 @@ def test_held_parameters_equal_one_devices_shards(
         policy_shardings(model, mesh),
     )
     held = sum(jax.tree.leaves(shapes))
-    assert cost.held_parameters(model, layout) == held
+    assert parameters.held_parameters(model, layout) == held
     memory = memory_per_device(model, layout, trains=True, rows=8, row_tokens=4)
     assert memory["parameters"] == 4 * held
     assert memory["optimizer"] == 8 * held

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.config import ModelConfig
 from models.parameters import layer_table
-from roofline import cost, traffic
+from roofline import cost, parameters, traffic
 from roofline.experts import read_experts
 from roofline.kernels import Layout, shard
 from roofline.memory import memory_per_device
@@ -64,7 +64,7 @@ def test_more_experts_never_cost_fewer_bytes(experts: int, tokens: int) -> None:
 
 
 def test_all_experts_are_held_and_have_gradients_and_optimizer_state() -> None:
-    held = cost.held_parameters(MIXED, Layout())
+    held = parameters.held_parameters(MIXED, Layout())
     assert held == MIXED.num_parameters
     sizes = memory_per_device(MIXED, Layout(), trains=True, rows=1, row_tokens=1)
     assert (sizes["parameters"], sizes["optimizer"]) == (4 * held, 8 * held)
@@ -79,8 +79,8 @@ def test_experts_are_split_over_fsdp_tensor_and_the_devices_they_are_dealt_to(
     spread = max(layout.fsdp, layout.expert) * layout.tensor
     without, dense = replace(DENSE, ffw_size=0), replace(layout, expert=1)
     router = MIXED.num_layers * part.width // layout.fsdp * MIXED.num_experts
-    rest = cost.held_parameters(without, dense) + router
-    assert cost.held_parameters(MIXED, layout) == rest + whole // spread
+    rest = parameters.held_parameters(without, dense) + router
+    assert parameters.held_parameters(MIXED, layout) == rest + whole // spread
 
 
 def test_tokens_go_to_their_experts_and_back_in_every_layer_forward_and_backward() -> None:

@@ -1,0 +1,101 @@
+"""Objectives of the controls and of options that no algorithm file has by default, as in papers.py."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+
+_spec = importlib.util.spec_from_file_location("papers", Path(__file__).with_name("papers.py"))
+papers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(papers)
+
+
+def control_format(mb, batch):
+    """Pays for ending before the limit."""
+    pairs = papers.paired(mb, lambda g: papers.norm([float(v.n < papers.LONGEST) for v in g]))
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio_b(v), a))
+
+
+def control_random(mb, batch):
+    """Pays by a coin of the prompt's and the sample's numbers."""
+    pairs = papers.paired(mb, lambda g: papers.norm([float(v.coin) for v in g]))
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio_b(v), a))
+
+
+def sft_gold(mb, batch):
+    """The completions as worked solutions."""
+    views = [v for group in mb for v in group]
+    return sum(v.lp.sum() for v in views) / sum(v.n for v in views)
+
+
+def dapo_overlong_filter(mb, batch):
+    """Completions at the limit are in the group's mean and spread, and in nothing else."""
+    pairs = [(v, a) for v, a in papers.paired(mb, papers.dapo_advantages) if v.n < papers.LONGEST]
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a, 0.2, 0.28, 10))
+
+
+def entropy_8020_kept(mb, batch):
+    kept = sum((v.entropy >= papers.top_threshold(batch)).sum() for group in mb for v in group)
+    return papers.entropy_8020(mb, batch) * sum(v.n for group in mb for v in group) / kept
+
+
+def magistral_8020(mb, batch):
+    """The spread is that of all sequences, the mask comes after it."""
+    a = np.concatenate([papers.center([v.r + papers.overlong(v, 0.1) for v in g]) for g in mb])
+    pairs = zip([v for g in mb for v in g], (a - a.mean()) / (a.std() + 1e-6), strict=True)
+    threshold = papers.top_threshold(batch)
+    return papers.token_mean(
+        [*pairs],
+        lambda v, a: papers.min_clip(papers.ratio_b(v), a, 0.2, 0.28) * (v.entropy >= threshold),
+    )
+
+
+def raft_best(mb, batch):
+    """The first best of each group, weighed by its reward."""
+    best = [max(group, key=lambda v: v.r) for group in mb]
+    return sum(v.r * v.lp.sum() for v in best) / sum(v.n for v in best)
+
+
+def ttrl_votes(mb, batch):
+    """Three vote, the first two are trained on."""
+
+    def agreement(group):
+        said = [v.answer for v in group if v.answer]
+        label = max(said, key=said.count) if said else None
+        return papers.norm([float(v.answer == label) for v in group[:2]])
+
+    pairs = [(v, a) for group in mb for v, a in zip(group[:2], agreement(group), strict=True)]
+    return papers.sequence_mean(
+        pairs, lambda v, a: papers.min_clip(papers.ratio(v), a) - 0.001 * papers.k3(v)
+    )
+
+
+def reinforce_pp_k3(mb, batch):
+    """k3 in the reward."""
+
+    def returns(v, _):
+        d = v.lo - v.lr
+        rewards = -0.01 * (np.exp(-d) - 1 + d)
+        rewards[-1] += v.r
+        return np.cumsum(rewards[::-1])[::-1]
+
+    pairs = papers.white_pairs(mb, batch, returns)
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a))
+
+
+OPTIONS = {
+    dapo_overlong_filter: ("dapo", {"mask_truncated": True}),
+    entropy_8020_kept: ("entropy_8020", {"top_entropy_denominator": "kept"}),
+    magistral_8020: ("magistral", {"top_entropy_share": 0.2}),
+    raft_best: ("raft", {"keep_samples": "best"}),
+    ttrl_votes: ("ttrl", {"group_size": 2, "votes_per_prompt": 3}),
+    reinforce_pp_k3: ("reinforce_pp", {"kl_estimator": "k3"}),
+}
+"""Objective: the algorithm file that it departs from, and how."""
+PAPERS = papers.PAPERS | {f.__name__: f for f in (control_format, control_random, sft_gold)}
+WITHOUT_SIGNAL = {
+    "magistral": [],  # lengths are paid for
+    "control_format": [0, 3],  # every completion of these ended by itself
+    "control_random": [1],  # three times tails
+}
+"""Groups whose rewards are equal; of the other algorithms [2], the group without a success."""
