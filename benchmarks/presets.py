@@ -1,6 +1,6 @@
 """Every algorithm file on the quickstart task, at an equal budget of generated tokens.
 
-    python -m benchmarks.presets --seeds 3
+    python -m benchmarks.presets --seeds 3 --jobs 2
     python -m benchmarks.presets --only dapo magistral --seeds 1
 
 One cold start per seed (supervised, ended at half of the held-out problems); every algorithm goes on from
@@ -9,8 +9,10 @@ and has no cold start: it is supervised training from scratch. The two controls 
 
 All share the batch, the optimizer and a learning rate that falls linearly; SETTINGS says where one has a
 rate of its own, and why. Rates are tried on seed 100, which is not reported. A (preset, seed) whose run
-folder holds a summary is read, not run again; the table is written after every run. Begin on a quiet
-machine: the first runs calibrate, and a disturbed calibration is made again by each run (half a minute).
+folder holds a summary is read, and one that stands in the results is kept with the commit it was made at;
+neither is run again, and the table is written after every run. Two jobs on two cores are done sooner than
+one after the other. Begin on a quiet machine: the first runs calibrate, and a disturbed calibration is made
+again by each run (half a minute).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,29 +121,50 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--runs", type=Path, default=Path("runs/presets"))
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     made = record.provenance(timed=False)
-    found: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in options.only}
+    found = _kept(options.out)
     failed = False
     for seed in range(options.first_seed, options.first_seed + options.seeds):
+        todo = [name for name in options.only if str(seed) not in found.get(name, {})]
         start = options.runs / f"seed_{seed}_start"
         cold = [f"--run.seed={seed}", "--train.steps=0", f"--sft.stop_at_pass={COLD_START}"]
-        if train(start, cold) is None:
+        if any(name != SUPERVISED for name in todo) and train(start, cold) is None:
             sys.exit(1)
-        for name in options.only:
+
+        def go_on(name: str, seed: int = seed, start: Path = start) -> dict[str, Any] | None:
             words = [f"--run.seed={seed}", *words_of(name)]
             if name != SUPERVISED:
                 words.append(f"--run.fork_from={start}")
-            outcome = train(options.runs / f"seed_{seed}_{name}", words)
-            if outcome is None:
-                failed = True
-                continue
-            found[name][str(seed)] = outcome
-            content = contents(made, found)
-            record.write("presets", content, report(content), options.out)
+            return train(options.runs / f"seed_{seed}_{name}", words)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            runs = {pool.submit(go_on, name): name for name in todo}
+            for run in as_completed(runs):
+                outcome = run.result()
+                if outcome is None:
+                    failed = True
+                    continue
+                found.setdefault(runs[run], {})[str(seed)] = {"commit": made["commit"], **outcome}
+                content = contents(made, {name: found[name] for name in names if name in found})
+                record.write("presets", content, report(content), options.out)
     sys.exit(int(failed))
+
+
+def _kept(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Outcomes by preset and seed that stand in the results and were made with today's words."""
+    path = folder / "presets.json"
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: runs
+        for name, runs in content["presets"].items()
+        if content["words"][name] == words_of(name)
+    }
 
 
 def contents(made: dict[str, Any], found: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
@@ -148,7 +172,7 @@ def contents(made: dict[str, Any], found: dict[str, dict[str, dict[str, Any]]]) 
     return {
         "provenance": made, "budget_tokens": BUDGET_TOKENS, "target": TARGET,
         "words": {name: words_of(name) for name in found},
-        "presets": {name: runs for name, runs in found.items() if runs},
+        "presets": {name: dict(sorted(runs.items())) for name, runs in found.items()},
     }  # fmt: skip
 
 
@@ -181,22 +205,22 @@ def report(content: dict[str, Any]) -> str:
                 f"`{name}`", rate, f"{statistics.mean(run['steps'] for run in runs.values()):.0f}",
                 f"{statistics.mean(run['tokens'] for run in runs.values()) / 1e3:.0f}",
                 f"{before:.1%}", f"{statistics.mean(after):.1%}",
-                f"{min(after):.1%} to {max(after):.1%}",
+                f"{len(after)}: {min(after):.1%} to {max(after):.1%}",
                 f"{statistics.mean(run['pass_at_8'] for run in runs.values()):.1%}",
                 verdict(name, before, statistics.mean(after)),
             ]
         )  # fmt: skip
-    seeds = max(len(runs) for runs in content["presets"].values())
+    commits = {run["commit"][:10] for runs in content["presets"].values() for run in runs.values()}
     head = [
         "algorithm", "learning rate", "steps", "thousand tokens", "pass@1 before", "pass@1 after",
         "seeds", "pass@8 after", f"{content['target']:.0%} reached",
     ]  # fmt: skip
     return (
-        f"# Algorithms on the quickstart task\n\nHeld-out two-digit sums, {seeds} seeds, "
+        f"# Algorithms on the quickstart task\n\nHeld-out two-digit sums, "
         f"{content['budget_tokens']:,} generated tokens each (discarded groups count), from one cold start "
         "per seed; `sft_gold` starts from scratch, samples nothing and trains for 1000 steps on worked "
-        "solutions. A control passes if it ends within the noise of its start or below.\n\n"
-        f"{record.table(head, rows)}"
+        "solutions. A control passes if it ends within the noise of its start or below. Runs of commit "
+        f"{', '.join(sorted(commits))}.\n\n{record.table(head, rows)}"
     )
 
 
