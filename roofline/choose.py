@@ -55,6 +55,11 @@ def find_hardware(name: str, settings: Settings | None = None) -> Hardware:
         return Hardware.load(path)
     if (path / "hardware.json").is_file():
         return Hardware.load(path / "hardware.json")
+    if path.is_dir():
+        raise ValueError(
+            f"{path} holds no hardware.json; give a run folder, a file of `python -m "
+            "roofline.calibrate --out FILE`, or the name of a datasheet"
+        )
     return _calibration(settings) if name == "this" else datasheet(name)
 
 
@@ -103,4 +108,9 @@ def report_errors(command: Callable[[], None]) -> None:
         raise SystemExit(EXIT_USER_ERROR) from None
     except BrokenPipeError:  # the reader left, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"Error: {error.filename}: {error.strerror}; name another path", file=sys.stderr)
         raise SystemExit(EXIT_USER_ERROR) from None

@@ -174,6 +174,8 @@ def find_model(name: str) -> ZooModel:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error}); give a config.json") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds {type(content).__name__}, not one JSON object")
         return ZooModel(config=parse_config(content))
     key = name.rpartition("/")[2].lower()
     if key not in ZOO:

@@ -35,6 +35,8 @@ def _run(options: argparse.Namespace) -> None:
     question = _question(options)
     console = Console()
     if options.sweep is None:
+        if options.svg:
+            raise ValueError(f"--svg {options.svg} draws a sweep; add --sweep batch=1..1024")
         seen = answer(question)
         if options.json:
             print(json.dumps({"question": dataclasses.asdict(question), **seen.to_json()}))

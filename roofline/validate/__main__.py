@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from roofline.choose import report_errors
 from roofline.validate.end_to_end import DECODE_STEP, SERVING_STEP, TRAIN_STEP
 from roofline.validate.kernels import ATTENTION_DECODE, ATTENTION_PREFILL, COLLECTIVE, GEMM
 from roofline.validate.kinds import Kind, Row
@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="score only these")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     options = parser.parse_args()
-    try:
-        rows = read_cases(options.cases)
-        kinds = [kind for kind in KINDS if options.kind in (None, kind.name)]
-        scores, ignored = score_cases(rows, kinds, calibrate_rows=options.calibrate_rows)
-    except (OSError, ValueError) as error:
-        sys.exit(f"roofline.validate: {error}")
+    report_errors(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    rows = read_cases(options.cases)
+    kinds = [kind for kind in KINDS if options.kind in (None, kind.name)]
+    scores, ignored = score_cases(rows, kinds, calibrate_rows=options.calibrate_rows)
     if options.json:
         print(json.dumps(to_json(scores, ignored, options.calibrate_rows), indent=1))
     else:

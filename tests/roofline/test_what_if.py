@@ -120,6 +120,9 @@ def test_each_size_proposed_where_memory_runs_out_does_fit() -> None:
         (["--batch", "0"], "--batch=0 must be >= 1"),
         (["--dtype", "float12"], "float12"),
         (["--sweep", "depth=1..2"], "cannot sweep 'depth'"),
+        (["--svg", "sweep.svg"], "add --sweep"),
+        (["--sweep", "batch=1,2", "--svg", "no/such/folder.svg"], "No such file or directory"),
+        (["--hardware", "tests"], "tests holds no hardware.json"),
     ],
 )
 def test_what_cannot_be_is_refused_with_exit_code_2(changes: list[str], words: str, capsys) -> None:
