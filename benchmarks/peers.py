@@ -96,12 +96,6 @@ class Worker:
         self.tell(command)
         return self.read()
 
-    def peak_bytes(self) -> int:
-        """Most memory of its own the process ever held (proc(5), VmHWM) [bytes]."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
-        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return 1024 * int(line.split()[1])
-
     def close(self) -> None:
         """End the process."""
         with contextlib.suppress(BrokenPipeError):
@@ -133,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         same_model(workers)
         rounds = measure(workers, workload, options)
         for worker in workers:
-            worker.hello["peak_bytes"] = worker.peak_bytes()
+            worker.hello["peak_bytes"] = record.peak_bytes(worker.process.pid)
     for worker in workers:
         made["versions"] |= {
             package if package != "jax" else f"jax of {worker.name}": version
@@ -235,12 +229,15 @@ def start(name: str, python: str, workload: Workload, folder: Path) -> Worker:
 
 
 def prepare(worker: Worker, workload: Workload, options: argparse.Namespace) -> None:
-    """Greedy tokens, then unmeasured runs of every scenario, so that nothing compiles later."""
+    """Greedy tokens, then unmeasured runs of every scenario, so that nothing compiles later; the tail first,
+    which does not train."""
     if worker.name != "trl":  # it generates with the transformers that is checked itself
         worker.hello["greedy"] = worker.ask("greedy")["tokens"]
     for _ in range(options.warmup):
-        for scenario in options.scenarios:
-            checked(worker, scenario, workload)
+        for scenario in sorted(options.scenarios, key=lambda name: name != "tail"):
+            answer = checked(worker, scenario, workload)
+            if "rollout_peak_bytes" in answer:
+                worker.hello["rollout_peak_bytes"] = answer["rollout_peak_bytes"]
 
 
 def same_model(workers: Sequence[Worker]) -> None:

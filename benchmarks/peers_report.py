@@ -28,7 +28,11 @@ def summarise(
     peak = max((r["flops_per_s"] for r in records if r["scenario"] == "peak"), default=0.0)
     systems = {name: _system(name, workload, records, peak) for name in hellos}
     for name, hello in hellos.items():
+        trains = "train_s" in systems[name]
         systems[name]["peak_bytes"] = hello["peak_bytes"]
+        systems[name]["train_peak_bytes" if trains else "rollout_peak_bytes"] = hello["peak_bytes"]
+        if "rollout_peak_bytes" in hello:
+            systems[name]["rollout_peak_bytes"] = hello["rollout_peak_bytes"]
     return {
         "workload": _facts(workload),
         "matmul_peak_gflops_per_s": peak / 1e9,
@@ -105,14 +109,17 @@ def report(content: Mapping[str, Any]) -> str:
             f"{shares[key]:.0%}" if key in shares else "-" for key in ("rollout", "train", "tail")
         )
 
+    def memory(name: str) -> str:
+        sizes = (systems[name].get(f"{what}_peak_bytes") for what in ("rollout", "train"))
+        return " / ".join("-" if size is None else f"{size / 2**30:.2f}" for size in sizes)
+
     head = [
         "system", "rollout tokens/s", "train step s", "rollout + train s", "tail tokens/s",
-        "share of peak: rollout / train / tail", "memory GiB",
+        "share of peak: rollout / train / tail", "memory GiB: rollout / with training",
     ]  # fmt: skip
     rows = [
         [name, number(name, "rollout_tokens_per_s", 0), number(name, "train_s", 2),
-         number(name, "step_s", 2), number(name, "tail_tokens_per_s", 0), share(name),
-         f"{systems[name]['peak_bytes'] / 2**30:.2f}"]
+         number(name, "step_s", 2), number(name, "tail_tokens_per_s", 0), share(name), memory(name)]
         for name in sorted(systems, key=lambda n: -_key(systems[n]))
     ]  # fmt: skip
     beside = "\n".join(
@@ -126,7 +133,8 @@ def report(content: Mapping[str, Any]) -> str:
         f"The same random Qwen3-shaped checkpoint everywhere; greedy completions were equal in "
         f"{', '.join(content['same_greedy_tokens'])}. Median (min to max) of interleaved rounds; "
         f"start, loading and compilation excluded. Memory: most that the process ever held, "
-        f"compilation included."
+        f"compilation included; of systems that train, rollout alone only where they were asked before they "
+        f"trained."
         f"\n\n{table(head, rows)}\n\n{beside}\n\n"
         f"Rollout: {facts['fixed']}, sampling at temperature 1, no end token; {facts['rollout_tokens']} "
         f"generated tokens, prefill included. Train step: GRPO loss and AdamW over "
@@ -146,6 +154,8 @@ def report(content: Mapping[str, Any]) -> str:
 RATIOS = (
     ("rollout", "rollout_tokens_per_s", False), ("train step", "train_s", True),
     ("tail", "tail_tokens_per_s", False), ("memory", "peak_bytes", True),
+    ("memory of rollout", "rollout_peak_bytes", True),
+    ("memory with training", "train_peak_bytes", True),
 )  # fmt: skip
 """What jaxrl is compared in: name, key, whether less is better."""
 

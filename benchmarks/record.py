@@ -68,6 +68,13 @@ def _commit() -> str:
     return (head or "unknown") + ("+changes" if changed else "")
 
 
+def peak_bytes(process: int) -> int:
+    """Most memory of its own that the process ever held, proc(5) VmHWM [bytes]."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return 1024 * int(line.split()[1])
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, extremes and number of the rounds' values."""
     return {

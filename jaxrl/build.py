@@ -196,9 +196,7 @@ def problem_rows(config: Config, subject: Subject) -> list[tuple[str, str, str]]
     task, limit = subject.task, config.task.num_train
     count = len(task.problems("train"))
     during, around = held_out(config, subject)
-    said = [
-        f"to train; {len(during)} held out for during the run, {len(around)} for before and after"
-    ]
+    said = [f"to train; held out are {len(during)} during the run, {len(around)} before and after"]
     said += [f"task.num_train={limit} allows no more"] if count == limit else []
     if isinstance(task, FileTask) and task.num_repeated:
         said.append(f"{task.num_repeated} rows that repeat a problem are left out")

@@ -24,6 +24,7 @@ from jaxrl.observe import Observer, Shapes
 from jaxrl.plan import make_shapes
 from jaxrl.rollout.admission import prompt_bucket
 from jaxrl.rollout.engine import RolloutEngine
+from models.attention_kernels import lowering_for
 from models.config import ModelConfig
 from models.decoder import abstract_decoder
 from models.lora import AdaptedDecoder, init_adapter
@@ -303,7 +304,8 @@ class Stage:
         )  # fmt: skip
 
     def _metrics(self, reference: Any) -> Any:
-        with jax.set_mesh(self.learner_mesh):
+        mesh = self.learner_mesh
+        with jax.set_mesh(mesh), lowering_for(mesh.devices.flat[0]):
             shapes = jax.eval_shape(
                 lambda *given: self.learner.programs["loss"](*given)[1],
                 self.policy,

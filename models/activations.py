@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import PartitionSpec
 
@@ -30,14 +32,18 @@ def shares_work() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def gather_width(matrix: jax.Array) -> jax.Array:
-    """matrix [V, D] with D whole on every device and V split over the tensor axis where it divides.
+def gather_width(matrix: jax.Array, dtype: Any) -> jax.Array:
+    """matrix [V, D] in `dtype` with D whole on every device and V split over the tensor axis where it divides.
 
     Looking rows up in a matrix whose D is split would move activations between devices instead of
-    weights, and not as the rows are split. The matrix itself outside a mesh.
+    weights, and not as the rows are split. A cast comes first, on each device's part: left to the compiler,
+    it would follow the gather. Outside a mesh the matrix is only cast.
     """
+    cast = matrix.astype(dtype)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or "tensor" not in mesh.axis_names:
-        return matrix
+        return cast
     split = "tensor" if matrix.shape[0] % mesh.shape["tensor"] == 0 else None
-    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(split, None))
+    if cast.dtype != matrix.dtype:
+        cast = jax.lax.with_sharding_constraint(cast, PartitionSpec(split, "fsdp"))
+    return jax.lax.with_sharding_constraint(cast, PartitionSpec(split, None))

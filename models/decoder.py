@@ -294,8 +294,8 @@ def decode_step(
 
 
 def _embed(policy: Policy, tokens: jax.Array, dtype: Any) -> jax.Array:
-    """Hidden states [..., D] of tokens [...] before the first layer; cast before it is gathered."""
-    return constrain_rows(block.embed(gather_width(policy.embedding.astype(dtype)), tokens))
+    """Hidden states [..., D] of tokens [...] before the first layer."""
+    return constrain_rows(block.embed(gather_width(policy.embedding, dtype), tokens))
 
 
 def _rope_tables(

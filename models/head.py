@@ -62,7 +62,7 @@ def target_logprobs(
         return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * size)[:, :tokens]
 
     scale = 1.0 / jnp.asarray(temperature, jnp.float32)
-    matrix = gather_width(_head_matrix(policy).astype(dtype))
+    matrix = gather_width(_head_matrix(policy), dtype)
     logprobs, entropy = _chunked(matrix, split(hidden.astype(dtype)), split(targets), scale)
     return join(logprobs), join(entropy)
 

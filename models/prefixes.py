@@ -86,14 +86,15 @@ def _over_rows(
     """What each slot's query [B, K, G, H] makes of its row, on one device's slots and rows."""
     slots, k, g, h = q.shape
     rows, columns = members.shape
-    asked = jnp.take(q, members.reshape(-1) % slots, axis=0)  # lanes without a slot ask anything
+    asked = jnp.take(q, members.reshape(-1) % slots, axis=0, mode="clip")  # no slot: asks anything
     asked = asked.reshape(rows, columns, k, g, h).swapaxes(1, 2).reshape(rows, k, columns * g, h)
     seen = jnp.arange(sum(map(num_tokens, values)))[None, :] < lengths[:, None]
     found = partial_attention(asked, keys, values, seen)
 
     def to_slots(x: jax.Array) -> jax.Array:  # [R, K, C G, ...] -> [B, K, G, ...]
         x = x.reshape(rows, k, columns, g, *x.shape[3:]).swapaxes(1, 2)
-        return jnp.take(x.reshape(rows * columns, *x.shape[2:]), lanes % (rows * columns), axis=0)
+        x = x.reshape(rows * columns, *x.shape[2:])
+        return jnp.take(x, lanes % (rows * columns), axis=0, mode="clip")
 
     return Partial(*map(to_slots, found))
 

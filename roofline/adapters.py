@@ -31,12 +31,24 @@ def adapter_arrays(model: ModelConfig) -> int:
     return 0 if model.lora is None else 2 * len(_targets(model))
 
 
-def adapter_values(model: ModelConfig, layout: Layout) -> int:
-    """Adapter parameters that one tensor-parallel device computes with, widths gathered."""
+def adapter_split_values(model: ModelConfig) -> int:
+    """Values of one layer's arrays that have a width, which fsdp splits: A of what reads the residual,
+    B of what adds to it."""
+    return 0 if model.lora is None else model.lora.rank * model.width * len(_targets(model))
+
+
+def adapter_whole_values(model: ModelConfig, layout: Layout) -> int:
+    """Gradients of one layer's other arrays on one tensor-parallel device. Weights that meet the same
+    input have one B with blocks on its diagonal, summed in full."""
     if model.lora is None:
         return 0
-    sizes = _sizes(model, shard(model, layout))
-    return model.num_layers * model.lora.rank * sum(map(sum, sizes.values()))
+    part, rank = shard(model, layout), model.lora.rank
+    sizes, every = _sizes(model, part), _sizes_of_all(model, part)
+    values = sum(rank * sizes[name][0] for name in ("attention_out", "down") if name in sizes)
+    for group in (("q", "k", "v"), ("gate", "up")):
+        blocks = sum(name in sizes for name in group)
+        values += blocks * rank * sum(every[name][1] for name in group if name in every)
+    return values
 
 
 def adapter_products(
@@ -66,17 +78,25 @@ def adapter_products(
 
 
 def adapter_made_again(
-    model: ModelConfig, part: Shard, layout: Layout, tokens: int, *, down: bool
+    model: ModelConfig, part: Shard, layout: Layout, tokens: int, *, together: bool, down: bool
 ) -> Work:
     """One layer's products (x A) B on `tokens` tokens, forward: of down alone, or of all but it.
 
     What backward keeps of an adapter is x A; it makes the rest again, but for down's, whose sum it does
     not read.
     """
-    rank, work = model.lora.rank if model.lora else 0, Work()
-    for name, (_, fan_out) in _sizes(model, part).items():
-        if (name == "down") == down:
-            work += product(tokens, rank, fan_out, layout.compute_bytes)
+    work = Work()
+    if model.lora is None:
+        return work
+    sizes, every = _sizes(model, part), _sizes_of_all(model, part)
+    for group in _GROUPS:
+        members = [name for name in group if name in sizes and (name == "down") == down]
+        if together and members:
+            out = sum(every[name][1] for name in group if name in every)
+            work += product(tokens, len(members) * model.lora.rank, out, layout.compute_bytes)
+        else:
+            for name in members:
+                work += product(tokens, model.lora.rank, sizes[name][1], layout.compute_bytes)
     return work
 
 

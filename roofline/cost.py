@@ -158,8 +158,8 @@ def train(
         layers += layer + (attention + last).times(-1)
     if model.lora:
         layers += _weight_products(model, part, layout, tokens).times(-1)
-        again = remat == "none"
-        found = adapter_made_again(model, part, layout, tokens, down=not again)
+        again, together = remat == "none", layout.devices > 1
+        found = adapter_made_again(model, part, layout, tokens, together=together, down=not again)
         layers += found if again else found.times(-1)
     once = layers.times(model.num_layers)
     once += _embed(tokens, part, layout).times(1 if model.lora else 2)

@@ -1,10 +1,10 @@
 """Bytes that one device must hold, by name, for learner and rollout. Standard library only.
 
 What a compiled program adds to its arguments follows its schedule. In training the layers' activations
-stand while the larger of two things comes and goes: the head's chunk of logits with the gradient of its
-matrix, or one layer differentiated beside all gradients. The sizes are those of the programs that XLA
-makes of `models` and `jaxrl.learner`; tests/jaxrl/test_memory_plan.py compares them with the compiler's
-own plan.
+stand while the largest of three things comes and goes: the head's chunk of logits with the gradient of its
+matrix; one layer differentiated beside all gradients; on several devices the sum of that matrix's gradient.
+The sizes are those of the programs that XLA makes of `models` and `jaxrl.learner`;
+tests/jaxrl/test_memory_plan.py compares them with the compiler's own plan.
 Letters: B rows, T tokens, L layers, D width, N query heads, K kv heads, H head size, F ffw, V vocabulary,
 c tokens whose logits exist at once; a prime marks a size divided over the tensor axis.
 """
@@ -12,6 +12,7 @@ c tokens whose logits exist at once; a prime marks a size divided over the tenso
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 from models.config import ModelConfig
 from models.rows import MAX_SEGMENTS, PrefixRows, scores_at_once
@@ -113,7 +114,7 @@ def program_memory(
         case Phase.TRAIN:
             names = ("parameters", "adapter", "gradients", "activations", "working")
         case Phase.OPTIMIZER:
-            names = of_training
+            names = ("adapter", "gradients", "optimizer") if model.lora else of_training
         case Phase.DECODE:
             names = ("snapshots", "kv_cache", "prefixes", "step_logits", "fused_weights")
         case Phase.SCORE | Phase.REFERENCE:
@@ -129,9 +130,13 @@ def program_memory(
             names = ("snapshots", "prompt_cache", "layer", "keys_laid_out")
         case Phase.PUBLISH:
             whole = trained_parameters(model, layout) * layout.fsdp * layout.compute_bytes
+            if model.lora:
+                one = replace(layout, fsdp=1)
+                whole = trained_parameters(model, one) * layout.compute_bytes
             every["copy"] = whole
-            every["gathering"] = whole // 2 if layout.fsdp > 1 else 0
-            names = ("parameters", "copy", "gathering")
+            several = layout.fsdp > 1 and not model.lora
+            every["gathering"] = _under_way_bytes(model, layout) if several else 0
+            names = ("adapter" if model.lora else "parameters", "copy", "gathering")
         case _:
             raise ValueError(f"phase {phase} is no program")
     return {name: every[name] for name in names if name in every}
@@ -142,6 +147,17 @@ def kv_cache_bytes(model: ModelConfig, layout: Layout, slots: int, max_len: int)
     blocks."""
     tokens = _local(layout, slots) * round_up(max_len, KV_BLOCK_TOKENS)
     return round(2 * model.num_layers * tokens * cached_bytes(shard(model, layout), layout))
+
+
+def _under_way_bytes(model: ModelConfig, layout: Layout) -> int:
+    """The two largest arrays as gathered, their split dimension first: one is laid out as it is wanted while
+    the next one arrives."""
+    part, deep = shard(model, layout), model.num_layers
+    matrices = [part.vocab] * (1 if model.tied_embeddings else 2)
+    experts = max(1, model.num_experts // layout.expert)
+    inside = [part.query, part.ffw * experts, part.ffw * experts]
+    largest = sorted([*matrices, *(deep * size for size in inside)])[-2:]
+    return sum(largest) * part.width * layout.compute_bytes
 
 
 def _local(layout: Layout, rows: int) -> int:
@@ -181,17 +197,29 @@ def _hidden_units(model: ModelConfig, layout: Layout) -> int:
 def _training_bytes(
     model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int, remat: Remat
 ) -> float:
-    """What comes and goes beside the kept activations: the head's backward, or a layer's."""
+    """What comes and goes beside the kept activations: the head's backward, or a layer's; on several devices
+    at last the sum of the head's gradient, as accumulated and laid out anew for it, beside the embedding's
+    in the compute type and the layers'. Until then the head's gradient stands beside the layers' backward,
+    on CPUs also the gathered matrix and the embedding's gradient."""
     part, e = shard(model, layout), layout.compute_bytes
     matrix, tokens = part.vocab * part.width, _local(layout, rows) * row_tokens
     logits = _logit_arrays(layout, trains=True) * chunk * part.vocab * FLOAT32_BYTES
     of_matrix = 0 if model.lora else matrix * FLOAT32_BYTES
     head = _copied_matrix(model, layout) + of_matrix + logits
     head += HIDDEN_ARRAYS * tokens * part.width * e
-    layer = trained_parameters(model, layout) * FLOAT32_BYTES
-    layer += _weight_bytes(model, layout)
+    if layout.fsdp > 1:
+        head += _weight_bytes(model, layout) / 2  # backward's first layer arrives meanwhile
+    gradients = trained_parameters(model, layout) * FLOAT32_BYTES
+    written_out = e == FLOAT32_BYTES and layout.devices > 1
+    layer = gradients + _weight_bytes(model, layout) / (2 if written_out else 1)
     layer += _backward_bytes(model, layout, rows, row_tokens, remat)
-    return float(max(head, layer))
+    if layout.devices > 1 and not model.lora:
+        layer += of_matrix + (2 * matrix * e if written_out else 0)
+    summed = 0.0
+    if layout.row_shards > 1 and not model.lora:
+        outer = (1 if model.tied_embeddings else 2) * matrix * FLOAT32_BYTES / layout.fsdp
+        summed = gradients - outer + 2 * of_matrix + matrix * e
+    return float(max(head, layer, summed))
 
 
 def _logit_arrays(layout: Layout, *, trains: bool) -> float:
@@ -208,11 +236,34 @@ def _backward_bytes(
     """One layer differentiated: what backward makes again of it, the gradients of its products, and
     the float32 scores of one block of attention."""
     e, tokens = layout.compute_bytes, _local(layout, rows) * row_tokens
+    if e == FLOAT32_BYTES and (layout.devices > 1 or model.lora):
+        return float(tokens * _written_out(model, layout) * e)
     values = BACKWARD_SHARE * _product_values(model, layout)
     if remat == "block":
         values += REMADE_SHARE * _product_values(model, layout)
+    values += _repeated(model, layout)
     scores = _scores(model, layout, rows, row_tokens)
     return tokens * values * e + BACKWARD_SCORES * scores * FLOAT32_BYTES
+
+
+def _written_out(model: ModelConfig, layout: Layout) -> int:
+    """Values of one token that stand in the middle of a layer's backward where a CPU writes every step out,
+    counted in its schedule. On several devices gate and up are one array; it and its gradient stand twice, as
+    they are and as a product reads them. On one device, under an adapter, each half is the sum of two products.
+    """
+    part, halves = shard(model, layout), 2 if model.gated_mlp else 1
+    if layout.devices > 1:
+        units, width, query, kv = 4 * halves, 9, 4, 6
+    else:
+        units, width, query, kv = 2 * halves + 2 * _adapted_halves(model) + 1, 4, 2, 5
+    of_heads = query * part.query + kv * part.kv
+    return units * _hidden_units(model, layout) + width * part.width + of_heads
+
+
+def _adapted_halves(model: ModelConfig) -> int:
+    """Of gate and up, those that an adapter adds a second product to."""
+    targets = model.lora.targets if model.lora else ()
+    return sum(name in targets for name in (("gate", "up") if model.gated_mlp else ("up",)))
 
 
 def _scoring_bytes(
@@ -228,17 +279,22 @@ def _scoring_bytes(
 
 def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:
     """The inside of one layer, with its input and the residual, beside the copy of the embedding: the
-    MLP's halves and their product; the halves and the gathered weights; or the queries (also rotated),
-    keys, values, heads and scores of attention."""
-    part, halves = shard(model, layout), 2 if model.gated_mlp else 1
+    MLP's halves, what an adapter adds to them, and their product; the halves and the gathered weights; or
+    the queries (also rotated), keys, values, heads and scores of attention."""
+    part, halves = shard(model, layout), (2 if model.gated_mlp else 1) + _adapted_halves(model)
     of_tokens = _local(layout, rows) * row_tokens * layout.compute_bytes
     units = _hidden_units(model, layout) * of_tokens
     gathered = _weight_bytes(model, layout) / 2 if layout.fsdp > 1 else 0.0
-    attention = (3 * part.query + 2 * part.kv) * of_tokens
+    attention = (3 * part.query + 2 * part.kv + _repeated(model, layout)) * of_tokens
     attention += FORWARD_SCORES * _scores(model, layout, rows, row_tokens) * FLOAT32_BYTES
     inside = max((halves + 1) * units, halves * units + gathered, attention)
     kept = _copied_matrix(model, layout) if layout.fsdp > 1 else 0
     return float(inside + 2 * model.width * of_tokens + kept)
+
+
+def _repeated(model: ModelConfig, layout: Layout) -> int:
+    """Keys and values of one token repeated for every query head, as the kernels of attention read them."""
+    return 0 if scores_at_once(layout.attention) else 2 * shard(model, layout).query
 
 
 def _scores(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:

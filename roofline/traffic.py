@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from models.config import ModelConfig
-from roofline.adapters import adapter_arrays, adapter_values
+from roofline.adapters import adapter_split_values, adapter_whole_values
 from roofline.experts import expert_values
 from roofline.kernels import FLOAT32_BYTES, Layout, Shard, Work, all_gather, all_reduce, shard
 
@@ -68,6 +68,9 @@ def layers(model: ModelConfig, layout: Layout, tokens: int) -> tuple[Collective,
     weight = _layer_values(model, part) * size / weights
     found = _over("all-gather", "fsdp", layout.fsdp, weight, weights * deep)
     found += _over("all-reduce", "tensor", layout.tensor, tokens * model.width * size, 2 * deep)
+    if model.lora:
+        adapter = adapter_split_values(model) * size
+        found += _over("all-gather", "fsdp", layout.fsdp, adapter, deep)
     if not model.num_experts:
         return found
     experts, left = expert_values(model, part, layout) * size, layout.fsdp // layout.expert
@@ -89,12 +92,13 @@ def scored_head(
 ) -> tuple[Collective, ...]:
     """Of the head with log-probabilities; training also sums the gradient of its input.
 
-    A tied head is the embedding, which `forward` has gathered.
+    A tied head is the embedding, which `forward` has gathered; where that needed a cast, XLA keeps the
+    gathers of the two uses apart.
     """
     part, size = shard(model, layout), layout.compute_bytes
     split = part.vocab_shards
     found = _over("all-reduce", "tensor", split, tokens * FLOAT32_BYTES, STATISTICS)
-    if not model.tied_embeddings:
+    if not model.tied_embeddings or layout.param_bytes != size:
         found += _over("all-gather", "fsdp", layout.fsdp, part.vocab * model.width * size)
     if trains:
         found += _over("all-reduce", "tensor", split, tokens * model.width * size)
@@ -139,7 +143,9 @@ def samples(layout: Layout, rows: int, steps: int) -> tuple[Collective, ...]:
 def publication(model: ModelConfig, learner: Layout, rollout: Layout) -> tuple[Collective, ...]:
     """Of the cast weights, gathered over fsdp; the copies to the rollout are none. Of an adapted model the
     adapter alone."""
-    values = adapter_values(model, learner) if model.lora else model.num_parameters / learner.tensor
+    values = model.num_parameters / learner.tensor
+    if model.lora:
+        values = model.num_layers * adapter_split_values(model)
     whole = values * rollout.param_bytes
     return _over("all-gather", "fsdp", learner.fsdp, whole)
 
@@ -153,21 +159,24 @@ def gradients(model: ModelConfig, layout: Layout) -> tuple[Collective, ...]:
     """Of one micro-batch's weight gradients in the compute type, before they are accumulated. The head's
     is summed whole, in float32, in which its chunks are accumulated.
 
-    A tied matrix is summed twice, as embedding and as head. Of an adapted model the adapter's alone.
+    A tied matrix is summed twice, as embedding and as head. Of an adapted model the adapter's alone: an
+    array with a width is scattered, another summed whole.
     """
-    part, size = shard(model, layout), layout.compute_bytes
-    matrix = part.vocab * model.width
-    summed = (model.num_layers * _layer_values(model, part) + matrix) * size
-    count, of_head = _weights_apart(model) * model.num_layers + 1, matrix * FLOAT32_BYTES
+    part, size, deep = shard(model, layout), layout.compute_bytes, model.num_layers
     if model.lora:
-        summed, of_head = adapter_values(model, layout) * size, 0
-        count = model.num_layers * adapter_arrays(model)
-    array_bytes = summed / count
+        split, rest = adapter_split_values(model), adapter_whole_values(model, layout)
+        found = _over("reduce-scatter", "fsdp", layout.fsdp, split * size, deep)
+        found += _over("all-reduce", "fsdp", layout.fsdp, rest * size, deep)
+        summed = split / layout.fsdp + rest
+        return found + _over("all-reduce", "data", layout.data, summed * size, deep)
+    matrix = part.vocab * model.width
+    count = _weights_apart(model) * deep + 1
+    array_bytes = (deep * _layer_values(model, part) + matrix) * size / count
+    of_head = matrix * FLOAT32_BYTES
     found = _over("reduce-scatter", "fsdp", layout.fsdp, array_bytes, count)
     found += _over("all-reduce", "data", layout.data, array_bytes / layout.fsdp, count)
-    if of_head:
-        found += _over("all-reduce", "fsdp", layout.fsdp, of_head)
-        found += _over("all-reduce", "data", layout.data, of_head / layout.fsdp)
+    found += _over("all-reduce", "fsdp", layout.fsdp, of_head)
+    found += _over("all-reduce", "data", layout.data, of_head / layout.fsdp)
     if not model.num_experts:
         return found
     experts, count = expert_values(model, part, layout) * size / 2, 2 * model.num_layers

@@ -160,7 +160,9 @@ class Scale:
             for name in self.decode_programs
         ]
         cases += [
-            Case(kind="decode", model=model, rows=b, tokens=s, shares=True) for b, s in shapes if b > 1
+            Case(kind="decode", model=model, rows=b, tokens=s, shares=True)
+            for b, s in shapes
+            if b > 1
         ]
         b, s = shapes[-1]
         return cases + [

@@ -6,19 +6,23 @@ Tail: each sample is a request with its own limit, through fewer slots than samp
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.record import peak_bytes
 from benchmarks.systems.protocol import GREEDY_PROMPTS, GREEDY_TOKENS, Answer, Conversation
 from benchmarks.workload import Workload
 from jaxrl.build import make_learner
 from jaxrl.config import Config, GrpoConfig, RolloutConfig, TrainConfig
 from jaxrl.devices import keep_freed_memory, prefer_wide_vectors
+from jaxrl.learner.learner import Learner
 from jaxrl.observe import Observer
 from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
@@ -56,17 +60,24 @@ class System:
         )  # fmt: skip
         self.engine = self._engine(workload.samples, workload.new_tokens)
         self.tail_engine = self._engine(workload.tail_slots, workload.max_tail_length)
-        self.learner = make_learner(self.config, self.model, self.mesh, self._policy(), Observer())
         self.snapshot = Snapshot(version=0, policy=self._policy())
         self.streams = itertools.count()
 
+    @cached_property
+    def learner(self) -> Learner:
+        """Made at the first training, so that memory before it is that of a system that only rolls out."""
+        return make_learner(self.config, self.model, self.mesh, self._policy(), Observer())
+
     def step(self) -> Answer:
-        """One rollout and one optimizer step on it."""
+        """One rollout and one optimizer step on it; with the first, the most memory that rolling out took."""
         work, began = self.workload, time.perf_counter()
         finished = rollout(
             self.engine, self.snapshot, self._requests(work.prompts, work.new_tokens)
         )
         rolled = time.perf_counter()
+        before = (
+            {} if "learner" in self.__dict__ else {"rollout_peak_bytes": peak_bytes(os.getpid())}
+        )
         groups = self._groups(finished)
         scored = time.perf_counter()
         sequences, _ = groups_to_sequences(groups, self.config.grpo, work.new_tokens)
@@ -82,6 +93,7 @@ class System:
             "rollout_tokens": _tokens(finished),
             "train_s": time.perf_counter() - scored,
             "train_tokens": sum(len(sequence.tokens) for sequence in sequences),
+            **before,
         }
 
     def tail(self) -> Answer:

@@ -109,8 +109,10 @@ class RolloutWorker:
         start = time.perf_counter()
         if self._probes is not None and not self._buffer.has_tickets:
             self._probes.fill(self._engine, self._params)
-        tickets = self._buffer.draw(max(most, 1), wait=self._engine.is_idle)
-        self._observer.waited_for_learner(start)
+        try:
+            tickets = self._buffer.draw(max(most, 1), wait=self._engine.is_idle)
+        finally:  # also of a wait that the end of the run ends
+            self._observer.waited_for_learner(start)
         if tickets and self._probes is not None:
             self._probes.cancel(self._engine)
         self._on_stage()  # it may have changed while we waited with an idle engine

@@ -68,6 +68,11 @@ def _object(line: str, where: str) -> Row:
         raise UserError(f"{where}, column {error.colno}: not JSON ({error.msg}); {form}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: a JSON {type(row).__name__} instead of an object; {form}")
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: half a surrogate pair, which is no text; remove it") from error
     return row
 
 

@@ -80,7 +80,8 @@ class RunProgress:
         return bar
 
     def __enter__(self) -> Self:
-        """Start the bar."""
+        """Start the bar, and the clock: a cold start before it says nothing of the steps to come."""
+        self._recent[0] = (self._clock(), self._recent[0][1])
         if self._bar is not None:
             self._bar.start()
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ _SHAPE = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; a mistake of the user's ends in one message and exit code 2."""
     options = _parser().parse_args(argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax misses a file that nothing here needs
     try:
         print(options.run_command(options))
     except (ValueError, OSError) as error:

@@ -56,6 +56,8 @@ def target_devices(name: str, count: int) -> Sequence[Any]:
             f"compiling for {hardware.name} needs jax's CUDA plug-in (no GPU): `make rehearse-setup` "
             "puts it into .venv-rehearse; then run .venv-rehearse/bin/python -m roofline.rehearse"
         )
+    # a program for an absent device can be stored, but only a present one reads it back
+    jax.config.update("jax_enable_compilation_cache", False)
     described = resources.files("roofline").joinpath("targets", hardware.name + _SUFFIX)
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=hardware.name, topology=f"1x1x{count}",

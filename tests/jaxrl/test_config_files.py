@@ -41,7 +41,7 @@ CONFIGS = st.builds(
         clip_low=st.floats(0, 1),
         clip_high=st.floats(0, allow_nan=False),
         advantage_scale=...,
-        kl_weight=st.floats(allow_nan=False),
+        kl_weight=st.floats(min_value=0, allow_infinity=False, allow_nan=False),
     ),
 )
 

@@ -1,8 +1,7 @@
 """Planned peak memory against the compiler's own plan, for the run's own programs on the host's devices.
 
 float32, the CPU's own type: in bfloat16 XLA's CPU backend computes on float32 copies. For GPUs:
-test_rehearse_gpu.py, and for sharded training, whose gradients the CPU backend sums whole instead of
-scattering them. The shapes are not those that the plan's coefficients were fitted to.
+test_rehearse_gpu.py. The shapes are not those that the plan's counts and shares were taken from.
 """
 
 from __future__ import annotations
@@ -11,7 +10,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from jaxrl.config import Config, MeshConfig, ModelOptions, RolloutConfig, TrainConfig
+from jaxrl.config import (
+    Config,
+    LoraConfig,
+    MeshConfig,
+    ModelOptions,
+    RolloutConfig,
+    TrainConfig,
+)
 from jaxrl.programs import Stage
 from jaxrl.rehearse import make_stage
 from roofline.memory import HELD
@@ -39,6 +45,7 @@ class Case:
     slots: int = 48
     remat: str = "none"
     fsdp: int = 1
+    lora: int = 0
 
     def stage(self) -> Stage:
         model = ModelOptions(
@@ -56,6 +63,7 @@ class Case:
                 max_new_tokens=self.tokens - 32,
             ),
             mesh=MeshConfig(colocated=True, learner_fsdp=self.fsdp, rollout_data=self.fsdp),
+            lora=LoraConfig(rank=self.lora),
         )  # fmt: skip
         return make_stage(config, HOST, self.fsdp)
 
@@ -65,7 +73,8 @@ DEEP_NARROW = Case(width=96, layers=8, heads=(4, 4, 24), ffw=320, rows=8, tokens
 WIDE_HEADS = Case(width=128, layers=4, heads=(12, 6, 32), ffw=512, rows=8)
 REMADE = Case(layers=6, remat="block", rows=12)
 SHARDED = Case(fsdp=8, rows=32)
-CASES = [DENSE, DEEP_NARROW, WIDE_HEADS, REMADE, SHARDED]
+ADAPTED = Case(lora=8)
+CASES = [DENSE, DEEP_NARROW, WIDE_HEADS, REMADE, SHARDED, ADAPTED]
 
 
 def compiled(case: Case, phase: Phase) -> Executable:
@@ -80,7 +89,7 @@ def assert_planned(executable: Executable) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in CASES if case.fsdp == 1])
+@pytest.mark.parametrize("case", CASES)
 def test_training_needs_the_planned_memory(case: Case) -> None:
     assert_planned(compiled(case, Phase.TRAIN))
 
@@ -91,7 +100,7 @@ def test_scoring_needs_the_planned_memory(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [DENSE, WIDE_HEADS, SHARDED])
+@pytest.mark.parametrize("case", [DENSE, WIDE_HEADS, SHARDED, ADAPTED])
 def test_decoding_needs_the_planned_memory(case: Case) -> None:
     assert_planned(compiled(case, Phase.DECODE))
 

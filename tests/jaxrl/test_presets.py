@@ -67,7 +67,7 @@ def test_the_command_line_wins_over_the_algorithm():
 def test_the_command_line_mends_what_contradicts_the_algorithm():
     """Magistral's reward has a penalty of length already; gspo_token has entropy shaping, gspo none."""
     words = ["--config=qwen3_4b_magistral_8gpu", "--algorithm=magistral"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"set grpo\.length_reward=none"):
         cli.parse_args(words)
     made = cli.parse_args([*words, "--grpo.length-reward=none"]).config
     assert (made.task.shaping.kind, made.grpo.length_reward) == ("magistral", "none")

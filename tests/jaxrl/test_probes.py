@@ -33,6 +33,8 @@ class Engine:
         self.queue: list = []
         self.live: dict = {}  # (stream, sample) -> [request, chunks left]
         self.waited_behind_probes = 0
+        self.has_tickets = lambda: False
+        self.waiting = self.longest_wait = 0  # chunks in a row with probes while tickets wait
         self.most_probes = self.chunks = 0
         self.freed = False
 
@@ -67,6 +69,8 @@ class Engine:
         probes = sum(stream >= FIRST_PROBE for stream, _ in self.live)
         self.most_probes = max(self.most_probes, probes)
         self.waited_behind_probes += bool(probes and self.queue)
+        self.waiting = self.waiting + 1 if probes and self.has_tickets() else 0
+        self.longest_wait = max(self.longest_wait, self.waiting)
         done = []
         for (stream, i), entry in list(self.live.items()):
             entry[1] -= 1
@@ -105,6 +109,7 @@ def run(
     )
     engine = engine or Engine()
     buffer = GroupBuffer(edge, prompts_per_step=P, max_staleness=0)
+    engine.has_tickets = lambda: buffer.has_tickets
     settings = ProbeSettings(source=edge, slots=probe_slots, samples=4)
     worker = RolloutWorker(
         engine, Store(), buffer, Rewards(), CharTokenizer("0123456789"), group_size=G,
@@ -145,6 +150,13 @@ def test_no_sample_of_the_batch_ever_waits_behind_a_probe() -> None:
     curves = edge.curves()
     assert curves["curriculum/probe_cancelled"] > 0
     assert curves["curriculum/promoted"] == 0
+
+
+def test_probes_in_every_slot_give_way_to_the_next_batch_within_a_chunk() -> None:
+    _, engine, edge = run(8, probe_slots=SLOTS)
+    assert engine.most_probes == SLOTS
+    assert engine.longest_wait <= 1  # tickets may arrive while a chunk runs
+    assert edge.curves()["curriculum/probe_cancelled"] > 0
 
 
 def test_a_probe_without_a_verdict_holds_its_share_of_the_slots() -> None:

@@ -145,7 +145,11 @@ def test_a_completion_longer_than_a_slots_own_cache_is_refused(tiny_policy: Deco
     [
         ({"shared_prefix": 15}, {}, "a multiple of 1 from 16 on"),
         ({"shared_prefix": 18}, {"rollout_data": 4}, "a multiple of 4 from 16 on"),
-        ({"shared_prefix": 32, "attention": "pallas"}, {}, "rollout.attention=pallas knows no shared"),
+        (
+            {"shared_prefix": 32, "attention": "pallas"},
+            {},
+            "rollout.attention=pallas knows no shared",
+        ),
     ],
 )
 def test_rows_that_cannot_serve_the_slots_are_refused(

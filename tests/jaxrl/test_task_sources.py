@@ -60,7 +60,7 @@ def test_the_plan_says_how_many_problems_there_are_and_what_is_left_out(tmp_path
     ((name, count, said),) = problem_rows(Config(task=task, eval=EvalConfig(problems=3)), subject)
     assert (name, count) == ("problems", "50")
     assert said == (
-        "to train; 3 held out for during the run, 5 for before and after; task.num_train=50 allows no "
+        "to train; held out are 3 during the run, 5 before and after; task.num_train=50 allows no "
         "more; 1 rows that repeat a problem are left out"
     )
 

@@ -131,6 +131,7 @@ def test_jsonl_reads_verifies_and_splits(capitals: TaskConfig):
     [
         ('{"prompt": "a", "answer": }', ["line 2", "column 27", "not JSON"]),
         ('["a", "b"]', ["line 2", "list instead of an object"]),
+        ('{"prompt": "\\ud83d", "answer": "4"}', ["line 2", "half a surrogate pair"]),
         ({"prompt": "a"}, ["line 2", "'answer' is missing"]),
         ({"prompt": "a", "answer": [4]}, ["line 2", "'answer' is [4]"]),
         ({"prompt": "a", "answer": True}, ["line 2", "'answer' is True"]),

@@ -336,7 +336,9 @@ def test_histogram_bars_are_proportional():
 def test_progress_without_a_terminal_is_a_line_every_few_seconds_and_one_at_the_end():
     now = [0.0]
     console = _console(terminal=False)
-    with RunProgress(12, first_step=2, console=console, every_s=5, clock=lambda: now[0]) as shown:
+    shown = RunProgress(12, first_step=2, console=console, every_s=5, clock=lambda: now[0])
+    now[0] = 1000.0  # a cold start
+    with shown:
         for step in range(3, 13):
             now[0] += 2.0
             evaluated = {"eval/pass_at_1": 0.5} if step == 3 else {}

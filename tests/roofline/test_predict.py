@@ -111,7 +111,7 @@ def test_data_parallel_training_sends_the_gradient_twice_less_one_part() -> None
 def test_fsdp_training_gathers_the_weights_twice_and_scatters_all_gradients_but_the_heads() -> None:
     layout = Layout(fsdp=4, compute_dtype="bfloat16")
     sent = cost.train(MODEL, layout, 32, 8).link_bytes
-    gathered, scattered = 2 * LAYERS + OUTER, LAYERS + OUTER
+    gathered, scattered = 2 * (LAYERS + OUTER), LAYERS + OUTER  # OUTER as embedding and as head
     summed_in_float32 = 2 * 4 * OUTER
     assert sent == (2 * (gathered + scattered) + summed_in_float32) * 3 / 4
 
