@@ -117,9 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             temperature=args.temperature,
         )  # fmt: skip
         config = evaluate.config_of(which)
-        if (
-            args.run is not None
-        ):  # a run that trains on meanwhile must not change the policy that grades
+        start_devices(config.mesh.devices)  # before checkpoints are looked at, which starts jax
+        if args.run is not None:  # whatever it trains meanwhile, the same policy grades to the end
             which = replace(which, checkpoint=str(evaluate.step_of(config, which)))
         console = make_console()
         subject = build.make_subject(config)
@@ -146,7 +145,6 @@ def grade_all(
     known = read_grades(log, header)
     todo = [n for n, problem in enumerate(problems) if problem.id not in known]
     if todo:
-        start_devices(config.mesh.devices)
         learner_mesh, rollout_mesh = make_meshes(config.mesh)
         keep_freed_memory()
         with ExitStack() as stack:

@@ -36,7 +36,7 @@ from jaxrl.learner.learner import Learner
 from jaxrl.learner.optimizer import learning_rate
 from jaxrl.observe import Observer
 from jaxrl.plan import make_plan, workload_of
-from jaxrl.policy import describe_policy, first_policy, with_adapter
+from jaxrl.policy import check_weights, describe_policy, first_policy, with_adapter
 from jaxrl.replies import ReplySampler
 from jaxrl.run_folder import RunFolder, open_run
 from jaxrl.start import existing_checkpoints, fork
@@ -56,6 +56,7 @@ def fine_tune(parsed: ParsedArgs, argv: Sequence[str]) -> None:
     """One run from its chats to its last checkpoint; resumes where the run folder's checkpoints end."""
     config = _for_chats(parsed.config)
     material = read_material(config)
+    check_weights(config.model, material.model)
     steps = material.steps(config)
     start_devices(config.mesh.devices)
     meshes = make_meshes(config.mesh)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-
-from jaxrl.attention import choose_programs
 from jaxrl.config import Config
 from jaxrl.errors import UserError
 from jaxrl.observe import Shapes
@@ -26,6 +23,9 @@ from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
 from roofline.splits import Job, Split, learner_times, rollout_times, spanning, split_of
+
+if TYPE_CHECKING:
+    from jaxrl.attention import Programs
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -80,7 +80,7 @@ def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
 def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shapes:
     """Static shapes and layouts of both meshes, of devices like `device` (None: those of this process)."""
     mesh, dtype = config.mesh, config.model.dtype
-    programs = choose_programs(config, device or jax.local_devices()[0], model)
+    programs = _programs(config, model, device)
     return Shapes(
         model=model,
         learner=Layout(
@@ -102,6 +102,14 @@ def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shape
         remat=config.model.remat,
         colocated=mesh.colocated,
     )  # fmt: skip
+
+
+def _programs(config: Config, model: ModelConfig, device: Any) -> Programs:
+    import jax  # not with the module, which readers of a run load too  # noqa: PLC0415
+
+    from jaxrl.attention import choose_programs  # noqa: PLC0415
+
+    return choose_programs(config, device or jax.local_devices()[0], model)
 
 
 def workload_of(config: Config) -> Workload:

@@ -17,6 +17,7 @@ from jaxrl.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from models.config import ModelConfig
 from models.decoder import Decoder, Policy
 from models.hf import checkpoint_folder, describe_model, load_policy, read_config
+from models.hf.read import checked_tensors
 from models.sharding import adapt, init_sharded, policy_shardings
 
 _ADAPTER_STREAM = 1
@@ -130,6 +131,17 @@ def _from_scratch(
     except ValueError as error:
         raise UserError(f"model.* does not describe a decoder: {error}") from error
     return config, tokenizer
+
+
+def check_weights(options: ModelOptions, config: ModelConfig) -> None:
+    """Raise UserError if the checkpoint's weights do not fit `config`, from the headers of its files: at once,
+    and not when everything else has been measured and made."""
+    if options.path is None:
+        return
+    try:
+        checked_tensors(model_folder(options.path), config)
+    except (ValueError, OSError) as error:
+        raise UserError(f"model.path={options.path}: {error}") from error
 
 
 def first_policy(options: ModelOptions, config: ModelConfig, mesh: Mesh, seed: int) -> Decoder:

@@ -42,7 +42,7 @@ from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.prepare import Rows, prepare
 from jaxrl.plan import Plan, make_plan, plan_rows, workload_of
-from jaxrl.policy import describe_policy
+from jaxrl.policy import check_weights, describe_policy
 from jaxrl.presets import listing
 from jaxrl.prompts import PromptStream
 from jaxrl.record import RunRecord
@@ -78,6 +78,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     _check_nothing_offline(config)
     start_devices(config.mesh.devices)
     subject = build.make_subject(config)
+    check_weights(config.model, subject.model)
     stream = build.make_stream(config, subject)
     keep_freed_memory()
     if config.mesh.auto:

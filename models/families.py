@@ -145,7 +145,8 @@ def _rope(content: dict[str, Any]) -> dict[str, Any]:
     rope = {key: content[key] for key in ("rope_theta",) if content.get(key) is not None}
     scaling = content.get("rope_scaling") or content.get("rope_parameters") or {}
     _check(
-        isinstance(scaling, dict), f"config.json: rope scaling {scaling!r:.80} is no object of settings"
+        isinstance(scaling, dict),
+        f"config.json: rope scaling {scaling!r:.80} is no object of settings",
     )
     rope |= scaling
     kind = rope.setdefault("rope_type", rope.get("type", "default"))

@@ -189,7 +189,7 @@ def publish(
     the adapter alone.
 
     Counted on the learner's busiest device; all learner devices send equal parts. `same_devices`:
-    rollout and learner share devices, the copy stays in memory.
+    rollout and learner share devices, and what the cast made is used where it lies.
     """
     arrays, held = trained_arrays(model), trained_parameters(model, learner)
     stored = FLOAT32_BYTES if model.lora else learner.param_bytes
@@ -202,8 +202,7 @@ def publish(
     whole = total / learner.tensor * rollout.param_bytes
     work += all_gather(whole, learner.fsdp, arrays)
     if same_devices:
-        copied = Work(hbm_bytes=2 * whole, streamed_bytes=2 * whole, launches=arrays)
-        return _cost(Phase.PUBLISH, work + copied, learner, dispatches=2)
+        return _cost(Phase.PUBLISH, work, learner, dispatches=2)
     sent = total * rollout.param_bytes * rollout.row_shards / learner.devices
     work += Work(hbm_bytes=sent, streamed_bytes=sent, link_bytes=sent, collectives=arrays)
     return _cost(Phase.PUBLISH, work, learner, dispatches=2)

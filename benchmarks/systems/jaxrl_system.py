@@ -1,4 +1,5 @@
 """Worker: jaxrl. Rollout through RolloutEngine, train step through packing and Learner.update, one device.
+Prompts stand once for their samples, in the cache and in the rows.
 
 Tail: each sample is a request with its own limit, through fewer slots than samples.
 """
@@ -28,6 +29,7 @@ from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.types import Completion, Problem, Prompt, Reward, Rollout, RolloutGroup, Snapshot
 from models.hf import load_policy, read_config
+from models.rows import PrefixRows
 from models.sharding import make_mesh, policy_shardings
 
 CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
@@ -58,7 +60,10 @@ class System:
                 drop_zero_advantage=False,  # the others train on every group
             ),
         )  # fmt: skip
-        self.engine = self._engine(workload.samples, workload.new_tokens)
+        rows = PrefixRows(
+            rows=len(workload.prompts), lanes=workload.group_size, tokens=workload.prompt_tokens
+        )
+        self.engine = self._engine(workload.samples, workload.new_tokens, rows)
         self.tail_engine = self._engine(workload.tail_slots, workload.max_tail_length)
         self.snapshot = Snapshot(version=0, policy=self._policy())
         self.streams = itertools.count()
@@ -134,11 +139,13 @@ class System:
             times.append(time.perf_counter() - began)
         return {"flops_per_s": 2.0 * PEAK_SIZE**3 / min(times)}
 
-    def _engine(self, slots: int, new_tokens: int) -> RolloutEngine:
+    def _engine(
+        self, slots: int, new_tokens: int, prefixes: PrefixRows | None = None
+    ) -> RolloutEngine:
         return RolloutEngine(
             self.model, self.mesh, num_slots=slots, max_prompt_tokens=self.workload.prompt_tokens,
             max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, refill_cost_steps=REFILL_COST_STEPS,
-            num_stop_ids=1, dtype=jnp.float32, seed=0, observer=Observer(),
+            num_stop_ids=1, dtype=jnp.float32, seed=0, observer=Observer(), prefixes=prefixes,
         )  # fmt: skip
 
     def _policy(self):

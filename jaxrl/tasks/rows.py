@@ -72,7 +72,7 @@ def _object(line: str, where: str) -> Row:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: half a surrogate pair, which is no text; remove it") from error
+            raise UserError(f"{where}: half a surrogate pair is no text; remove it") from error
     return row
 
 

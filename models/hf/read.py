@@ -141,8 +141,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
             )
         return _header(folder / SINGLE_FILE)
     listed = read_json(folder / INDEX_FILE).get("weight_map")
-    if not isinstance(listed, dict):
-        raise ValueError(f"{folder / INDEX_FILE} has no weight_map; fetch it again")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map of file names; fetch it again")
     headers = {file: _header(folder / file) for file in sorted(set(listed.values()))}
     for name, file in listed.items():
         if name not in headers[file]:

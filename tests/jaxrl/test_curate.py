@@ -115,6 +115,26 @@ def test_thresholds_that_keep_nothing_are_refused(settings, said) -> None:
         CurateArgs(out=Path("x.jsonl"), **settings)
 
 
+def test_a_run_that_trains_on_is_graded_at_the_step_it_had(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Devices first: looking for checkpoints starts jax. The step goes into the log's first line."""
+    folder, order = tmp_path / "run", []
+    (folder / "checkpoints" / "0").mkdir(parents=True)
+    save_config(tiny_config(), folder / "config.yaml")
+    monkeypatch.setattr(curate, "start_devices", lambda _: order.append("devices"))
+    monkeypatch.setattr(curate.evaluate, "step_of", lambda *_: order.append("step") or 40)
+
+    def grade_all(config, which, subject, problems, args, console) -> list:
+        order.append(curate._header(config, which, problems, 16)["weights"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(curate, "grade_all", grade_all)
+    with pytest.raises(SystemExit):
+        curate.main(["--run", str(folder), "--out", str(tmp_path / "kept.jsonl")])
+    assert order == ["devices", "step", f"{folder} 40"]
+
+
 def command(config: Path, out: Path) -> list[str]:
     words = ["--config", str(config), "--out", str(out), "--samples", "16"]
     return [sys.executable, "-m", "jaxrl.curate", *words]

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl import train
 from jaxrl.chat import ChatTokenizer
+from jaxrl.cli import parse_args
 from jaxrl.config import ModelOptions, TaskConfig
 from jaxrl.errors import UserError
 from jaxrl.policy import describe_policy, resolve_model
@@ -43,6 +45,24 @@ def test_a_checkpoint_folder_brings_shape_and_tokenizer(checkpoint: Path, task: 
     assert config == CONFIG
     assert tokenizer.encode("1+2=") == CharTokenizer(ALPHABET).encode("1+2=")
     assert tokenizer.stop_ids == (1,)
+
+
+def test_weights_that_do_not_fit_end_a_run_before_anything_is_measured(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("too late")
+
+    monkeypatch.setattr(train, "cached_or_calibrate", measured)
+    words = [f"--model.path={checkpoint}", f"--run.dir={tmp_path / 'run'}", "--task.digits=1"]
+    words += ["--rollout.max-prompt-tokens=8", "--rollout.max-new-tokens=8"]
+    with pytest.raises(AssertionError, match="too late"):
+        train.run(parse_args(words), [])
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"model\.path=.*model\.safetensors cannot be read"):
+        train.run(parse_args(words), [])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused(checkpoint: Path, task: Task):

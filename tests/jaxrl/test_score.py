@@ -103,9 +103,7 @@ def test_a_verifier_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytes
         assert says in capsys.readouterr().err
 
 
-def test_a_result_that_cannot_be_written_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-):
+def test_a_result_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     cases = _write(tmp_path / "cases.jsonl", [{"gold": "1", "pred": "1"}])
     before = cases.read_bytes()
     for out, says in [(cases, "would overwrite the cases"), (cases / "x", "cannot be written")]:

@@ -184,6 +184,9 @@ def test_a_tensor_that_the_index_promises_but_its_file_lacks_is_named(tmp_path):
         ValueError, match=r"tensor model\.norm\.weight is missing from .*safetensors"
     ):
         load_policy(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": 3}}))
+    with pytest.raises(ValueError, match=r"index\.json has no weight_map of file names"):
+        load_policy(tmp_path)
 
 
 @pytest.mark.parametrize(("family", "devices"), [("qwen3", 1), ("qwen2", 4)])

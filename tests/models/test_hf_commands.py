@@ -174,7 +174,8 @@ def test_inspection_gives_sizes_and_shardings(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path), "--tensor=3"])
     assert "kv_heads=2 (of parameter" in capsys.readouterr().err
-    for words in (["inspect", str(tmp_path), "--fsdp=0"], ["new", "--text=x", "--out=y", "--ffw=0"]):
+    inspect, new = ["inspect", str(tmp_path), "--fsdp=0"], ["new", "--text=x", "--out=y", "--ffw=0"]
+    for words in (inspect, new):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         assert stopped.value.code == 2
