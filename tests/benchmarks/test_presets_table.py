@@ -1,6 +1,8 @@
 """The benchmark of algorithms: its command lines parse, and its table says what fell short."""
 
 import importlib
+import json
+from pathlib import Path
 
 import pytest
 
@@ -28,10 +30,10 @@ def test_settings_name_algorithms_that_exist() -> None:
     assert {*bench.CONTROLS, bench.SUPERVISED} <= set(NAMES)
 
 
-def run(before: float, after: float) -> dict[str, float]:
+def run(before: float, after: float) -> dict[str, float | str]:
     return {
         "before": before, "after": after, "pass_at_8": 0.9, "steps": 400, "tokens": 360_000,
-        "wall_s": 60.0,
+        "wall_s": 60.0, "commit": "0123456789abcdef",
     }  # fmt: skip
 
 
@@ -41,7 +43,6 @@ def test_the_table_says_who_reached_the_target_and_who_fell_short() -> None:
         "raft": {"0": run(0.5, 0.7)},
         "control_random": {"0": run(0.5, 0.3)},
         "control_format": {"0": run(0.5, 0.75)},
-        "rloo": {},
     }
     rows = bench.report(bench.contents({}, found)).splitlines()
     by_name = {row.split("`")[1]: row for row in rows if row.startswith("| `")}
@@ -51,3 +52,12 @@ def test_the_table_says_who_reached_the_target_and_who_fell_short() -> None:
     assert "no, 10.0% short" in by_name["raft"]
     assert "learnt nothing" in by_name["control_random"]
     assert "LEARNT, and should not" in by_name["control_format"]
+
+
+def test_an_outcome_of_other_words_is_not_kept(tmp_path: Path) -> None:
+    found = {"grpo": {"0": run(0.5, 0.85)}, "raft": {"0": run(0.5, 0.7)}}
+    content = bench.contents({}, found)
+    content["words"]["raft"] = ["--train.steps=1"]
+    (tmp_path / "presets.json").write_text(json.dumps(content))
+    assert bench._kept(tmp_path) == {"grpo": found["grpo"]}
+    assert bench._kept(tmp_path / "nowhere") == {}

@@ -159,7 +159,8 @@ def test_reinforcement_learning_of_an_adapter_goes_on_from_it_and_publishes_it_a
     assert {"verifier/queue_depth", "verifier/latency_p50_s"} <= set(line)
     command("models.hf", "export", "--run", run, "--out", files / "grpo_merged")
     command("jaxrl.evaluate", "--run", run, "--samples", 1, "--k", 1)
-    forked, sft = load_policy(files / "grpo_merged"), load_policy(files / "merged")
+    command("models.hf", "export", "--run", trained, "--out", files / "sft_merged")
+    forked, sft = load_policy(files / "grpo_merged"), load_policy(files / "sft_merged")
     assert forked.layers.up.dtype == jnp.float32
     np.testing.assert_allclose(
         np.asarray(forked.layers.up), np.asarray(sft.layers.up), atol=1e-4, rtol=0

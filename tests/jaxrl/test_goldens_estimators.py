@@ -162,7 +162,7 @@ def _kl_gradient(case):
     def gradient(kl_weight):
         settings = GrpoConfig(
             ratio_from="sampler" if params["use_on_policy_kl_approximation"] else "learner",
-            kl_weight=kl_weight, kl_estimator="k3", kl_importance=True,
+            kl_weight=kl_weight, kl_estimator="k3", kl_importance=kl_weight != 0,
         )  # fmt: skip
         return jax.grad(
             lambda x: policy_loss(
