@@ -10,6 +10,7 @@ nobody waits for the threads but whoever asks a future for its result. What is n
 nothing urgent waits.
 - Chunk too slow: the worker is killed and the items go again, one by one. An item that alone takes
   longer than `timeout_s` gets reward 0 and is counted; so no item is condemned for its neighbours.
+  A verifier that does not answer one of its first items is an error.
 - Worker died: the items go again, one by one. An item that then costs two workers is an error.
 - `verify` raised: the future carries the error, with problem and traceback. It is never a silent 0.
 """
@@ -42,6 +43,8 @@ _MOST_PER_CHUNK = 64
 _LATENCIES_KEPT = 4096
 _DEATHS = 2
 """Workers that an item may cost on its own before it is an error."""
+_HOPELESS = 6
+"""Items that a verifier may spend its whole time on before it ever answers one."""
 _SMOOTHING = 0.1
 """Weight of the newest chunk in the running mean of an item's duration."""
 
@@ -308,8 +311,18 @@ class RewardPool:
             self._again(chunk, deaths=0)
             return
         with self._lock:
+            answered = self._done - self._timeouts
             self._timeouts += chunk.group in self._open
-        self._settle(chunk, [Reward(total=0.0, correct=False)], self._timeout_s)
+            hopeless = answered == 0 and self._timeouts >= _HOPELESS
+            self._errors += hopeless and chunk.group in self._open
+        if not hopeless:
+            self._settle(chunk, [Reward(total=0.0, correct=False)], self._timeout_s)
+            return
+        message = (
+            f"each of the first {_HOPELESS} items took longer than task.reward_timeout_s="
+            f"{self._timeout_s:g} s and none was judged; raise the limit, or look for a loop without end"
+        )
+        self._fail(chunk.group, self._error(chunk.items[0], message))
 
     def _after_death(self, chunk: _Chunk, exit_code: int) -> None:
         deaths = chunk.deaths + 1 if len(chunk.indices) == 1 else 0

@@ -162,6 +162,18 @@ def test_a_hung_item_alone_gets_zero_and_is_counted(nasty, tmp_path: Path):
     assert (stats.timeouts, stats.retries, stats.done, stats.queue_depth) == (1, 3, 4, 0)
 
 
+def test_a_verifier_that_never_answered_is_an_error(nasty, tmp_path: Path):
+    with _pool(nasty, tmp_path, timeout_s=0.2) as pool:
+        groups = [pool.submit_many(_items("hang")) for _ in range(7)]
+        assert [_result(group)[0].total for group in groups[:5]] == [0.0] * 5
+        with pytest.raises(
+            VerifierError, match=r"first 6 items took longer than task.reward_timeout"
+        ):
+            _result(groups[5])
+        stats = pool.stats()
+    assert (stats.timeouts >= 6, stats.errors >= 1) == (True, True)
+
+
 def test_items_that_are_slow_only_together_are_not_timed_out(nasty, tmp_path: Path):
     with _pool(nasty, tmp_path, timeout_s=1.0) as pool:
         rewards = _result(pool.submit_many(_items(*["sleep 0.4"] * 4)))
