@@ -26,11 +26,11 @@ _DECODE_ON_CUDA = {
     ),
 }
 """XLA's default list (docs: debug_options_flags.cc of openxla/xla) with loops and conditionals."""
-_TRAIN_ON_CUDA = {
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    "xla_gpu_enable_pipelined_all_gather": True,
-}
-"""docs.nvidia.com/jax-toolbox, performance-profiling/gpu-performance."""
+_TRAIN_ON_CUDA = {"xla_gpu_enable_latency_hiding_scheduler": True}
+"""docs.nvidia.com/jax-toolbox, performance-profiling/gpu-performance; so is the next."""
+_GATHER_AHEAD = {"xla_gpu_enable_pipelined_all_gather": True}
+_GATHER_AHEAD_NEWER = {"xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON"}
+"""As jaxlib 0.12 spells it."""
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -86,7 +86,12 @@ def decode_options(device: Any) -> dict[str, Any]:
 
 def train_options(device: Any) -> dict[str, Any]:
     """Compiler options of the learner's programs on `device`: collectives overlap with compute."""
-    return accepted(_TRAIN_ON_CUDA) if device.platform in _CUDA else {}
+    return accepted(_train_on_cuda()) if device.platform in _CUDA else {}
+
+
+def _train_on_cuda() -> dict[str, Any]:
+    older = all(_refusal(name, value) is None for name, value in _GATHER_AHEAD.items())
+    return _TRAIN_ON_CUDA | (_GATHER_AHEAD if older else _GATHER_AHEAD_NEWER)
 
 
 def accepted(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,20 +99,27 @@ def accepted(options: Mapping[str, Any]) -> dict[str, Any]:
 
     In XLA_FLAGS an unknown option ends the process; as an option of one program it raises.
     """
-    return {name: value for name, value in options.items() if _is_accepted(name, value)}
+    known = {}
+    for name, value in options.items():
+        refusal = _refusal(name, value)
+        if refusal is None:
+            known[name] = value
+        else:
+            print(f"XLA option {name}={value} is left out: {refusal}", file=sys.stderr)
+    return known
 
 
 @cache
-def _is_accepted(name: str, value: Any) -> bool:
+def _refusal(name: str, value: Any) -> str | None:
+    """What jaxlib says against an option; None if it takes it."""
     program = jax.jit(lambda x: x, compiler_options={name: value})
     try:
         program.lower(jax.ShapeDtypeStruct((), "float32")).compile()
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
             raise
-        print(f"XLA option {name}={value} is left out: {error}", file=sys.stderr)
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def make_meshes(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:

@@ -8,7 +8,7 @@ from jaxrl import devices
 
 def test_this_jaxlib_knows_every_option_that_gpus_get() -> None:
     """The optional parts of the list of commands are spelt as this version spells them."""
-    for options in (devices._DECODE_ON_CUDA, devices._TRAIN_ON_CUDA):
+    for options in (devices._DECODE_ON_CUDA, devices._train_on_cuda()):
         assert devices.accepted(options) == options
 
 
