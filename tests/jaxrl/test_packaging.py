@@ -72,8 +72,9 @@ def test_the_wheel_holds_the_packages_the_configurations_and_nothing_else(instal
         "models",
         "roofline",
     }
-    shipped = {Path(name).name for name in names if name.startswith("jaxrl/configs/")}
-    assert shipped == {path.name for path in (ROOT / "configs").iterdir() if path.is_file()}
+    shipped = {name for name in names if name.startswith("jaxrl/configs/")}
+    ours = {path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert shipped == {f"jaxrl/{path.as_posix()}" for path in ours}
 
 
 @pytest.mark.slow
