@@ -122,8 +122,8 @@ def load_weights(
     if args.run is None:
         return 0, policy
     learner = build.make_learner(config, subject.model, mesh, policy, Observer())
-    step = step_of(config, args)
     with closing(Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)) as saved:
+        step = _step(args, saved)
         learner.restore(saved, step)
     return step, learner.policy
 
@@ -179,7 +179,11 @@ def step_of(config: Config, args: EvaluateArgs) -> int:
     if args.run is None:
         return 0
     with closing(Checkpoints(existing_checkpoints(args.run), keep=config.checkpoint.keep)) as saved:
-        latest, steps = saved.latest(), saved.steps()
+        return _step(args, saved)
+
+
+def _step(args: EvaluateArgs, saved: Checkpoints) -> int:
+    latest, steps = saved.latest(), saved.steps()
     if latest is None:
         raise UserError(f"{args.run} has no complete checkpoint; train it first")
     if args.checkpoint is None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,15 +31,20 @@ print(json.dumps(seen))
 """
 
 
-@pytest.fixture(scope="module")
-def helps() -> dict[str, tuple[int, str]]:
-    """Exit code and output of `python -m MODULE --help`, from one process: most of the time is imports."""
+def answer_of(script: str, *words: str) -> Any:
+    """What a program started in the checkout prints as JSON."""
     done = subprocess.run(
-        [sys.executable, "-c", ALL_HELPS, *MODULES],
+        [sys.executable, "-c", script, *words],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def helps() -> dict[str, tuple[int, str]]:
+    """Exit code and output of `python -m MODULE --help`, from one process: most of the time is imports."""
+    return answer_of(ALL_HELPS, *MODULES)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -90,16 +96,7 @@ def tables() -> dict[str, str]:
         "print(json.dumps({'quickstart': q.START + q.block(c) + q.END, "
         "'peers': p.START + p.block(p.results()) + p.END}))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return answer_of(script)
 
 
 @pytest.mark.parametrize("name", ["quickstart", "peers"])

@@ -311,10 +311,11 @@ class RewardPool:
             self._again(chunk, deaths=0)
             return
         with self._lock:
+            counts = chunk.group in self._open
             answered = self._done - self._timeouts
-            self._timeouts += chunk.group in self._open
+            self._timeouts += counts
             hopeless = answered == 0 and self._timeouts >= _HOPELESS
-            self._errors += hopeless and chunk.group in self._open
+            self._errors += hopeless and counts
         if not hopeless:
             self._settle(chunk, [Reward(total=0.0, correct=False)], self._timeout_s)
             return
