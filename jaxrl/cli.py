@@ -197,7 +197,7 @@ def load_config(path: Path) -> Config:
     Raises:
         UserError: the file cannot be read, is not a YAML mapping, or a key or value is not valid.
     """
-    return _parsed(_read(path), path, Config())
+    return config_of_tree(_read(path), path, Config())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,7 +218,7 @@ def load_algorithm(path: Path, base: Config) -> tuple[Config, About]:
         UserError: as `load_config`; `about` is missing or incomplete.
     """
     tree, about = _algorithm(path, base)
-    return _parsed(tree, path, dataclasses.replace(base, grpo=GrpoConfig())), about
+    return config_of_tree(tree, path, dataclasses.replace(base, grpo=GrpoConfig())), about
 
 
 def _algorithm(path: Path, base: Config) -> tuple[Mapping[Any, Any], About]:
@@ -251,7 +251,7 @@ def _read(path: Path) -> Mapping[Any, Any]:
     return tree or {}
 
 
-def _parsed(tree: Mapping[Any, Any], path: Path, base: Config) -> Config:
+def config_of_tree(tree: Mapping[Any, Any], path: Path, base: Config) -> Config:
     """`base` with the values of `tree`, which stands in the file `path`."""
     message = io.StringIO()
     try:
@@ -317,13 +317,13 @@ def config_yaml(config: Config) -> str:
 
     Characters beyond ASCII are escaped: PyYAML would fold some, such as U+0085, into spaces.
     """
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False)
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """`value` with paths as text, so that YAML needs no tags."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

@@ -6,7 +6,8 @@
 
 k samples of each problem, then: dropped if a confident majority agrees on an answer that is not the
 label (presumed wrong), if never solved, if nearly always solved; kept otherwise. The second pass grades
-the WHOLE original set again, for the first would throw away hard problems that can be solved.
+the WHOLE original set again, for the first would throw away hard problems that can be solved: whatever
+the stronger policy was trained on, --first-pass says which task that is.
 Departures: the paper prints no thresholds; the defaults here are 1 to 12 of 16 and a majority of 9.
 
     OUT.jsonl            kept problems, which task.name=jsonl trains on; `curation` says why
@@ -35,19 +36,26 @@ from jaxrl.cli import user_errors
 from jaxrl.config import Config
 from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
 from jaxrl.errors import UserError
+from jaxrl.grades import (
+    KEPT,
+    Grade,
+    decide,
+    first_grades,
+    grade_record,
+    graded,
+    header_of,
+    read_grades,
+    with_task_of,
+)
 from jaxrl.observe import Observer
 from jaxrl.prompts import encode_prompt
 from jaxrl.rewards.pool import RewardPool
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.rollout.worker import completion_text
-from jaxrl.tasks.base import stable_hash
-from jaxrl.telemetry.jsonl import dump_line, read_records
+from jaxrl.telemetry.jsonl import dump_line
 from jaxrl.telemetry.progress import make_console
 from jaxrl.types import Completion, Finish, Problem, Reward, Snapshot
 
-KEPT, WRONG_LABEL, UNSOLVED, EASY = (
-    "kept", "majority disagrees with the label", "never solved", "nearly always solved",
-)  # fmt: skip
 _VERDICTS_AHEAD = 256
 """Problems at the verifiers at once."""
 
@@ -77,7 +85,8 @@ class CurateArgs:
     temperature: float | None = None
     """Sampling temperature; default: the configuration's eval.temperature."""
     first_pass: Path | None = None
-    """OUT.graded.jsonl of a weaker policy: its pass rates are kept beside those of this one."""
+    """OUT.graded.jsonl of a weaker policy: its task is graded again, in place of the configuration's, and its
+    pass rates are kept beside those of this one."""
     debug: bool = False
     """Show the traceback of an error as well as its message."""
 
@@ -93,20 +102,6 @@ class CurateArgs:
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grade:
-    """What k samples of one problem say. Answers as the verifier reads them; empty: there was none."""
-
-    id: int
-    samples: int
-    correct: int
-    truncated: int
-    """Completions cut off by the limit."""
-    majority: str
-    votes: int
-    majority_correct: bool
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Grade what is not graded yet, decide, write, print."""
     argv = sys.argv[1:] if argv is None else argv
@@ -117,15 +112,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             temperature=args.temperature,
         )  # fmt: skip
         config = evaluate.config_of(which)
+        if args.first_pass is not None:
+            config = with_task_of(config, args.first_pass)
         start_devices(config.mesh.devices)  # before checkpoints are looked at, which starts jax
         if args.run is not None:  # whatever it trains meanwhile, the same policy grades to the end
             which = replace(which, checkpoint=str(evaluate.step_of(config, which)))
         console = make_console()
         subject = build.make_subject(config)
         problems = _problems(subject, args.split)
+        first = {} if args.first_pass is None else first_grades(args.first_pass, problems)
         grades = grade_all(config, which, subject, problems, args, console)
-        counts = write(problems, grades, args)
+        counts = write(problems, grades, args, first)
         _print(counts, args, console)
+        for note in _notes(config, grades, first, args):
+            console.print(note, markup=False, soft_wrap=True)
 
 
 def _problems(subject: build.Subject, split: str) -> list[Problem]:
@@ -141,7 +141,7 @@ def grade_all(
 ) -> list[Grade]:  # fmt: skip
     """A grade for each problem, in their order; those in the log of an earlier start are not made again."""
     log = sibling(args.out, "graded")
-    header = _header(config, which, problems, args.samples)
+    header = header_of(config, weights_of(config, which), problems, args.samples)
     known = read_grades(log, header)
     todo = [n for n, problem in enumerate(problems) if problem.id not in known]
     if todo:
@@ -170,10 +170,15 @@ def grade_all(
                 file.write(dump_line(header))
             for grade in grader.run(store.publish(step, policy), problems, todo):
                 known[grade.id] = grade
-                file.write(dump_line(_plain(grade)))
+                file.write(dump_line(grade_record(grade)))
                 file.flush()
                 bar.advance(task)
     return [known[problem.id] for problem in problems]
+
+
+def weights_of(config: Config, which: evaluate.EvaluateArgs) -> str:
+    """Name of the policy that grades, for the log."""
+    return f"{which.run or config.model.path or 'from scratch'} {which.checkpoint or ''}".strip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,39 +249,26 @@ class Grader:
         return graded(problems[position].id, rewards, truncated)
 
 
-def graded(problem_id: int, rewards: Sequence[Reward], truncated: int) -> Grade:
-    """The counts of one problem; the first seen of several most frequent answers is the majority."""
-    answers = Counter(reward.answer for reward in rewards if reward.answer)
-    majority, votes = answers.most_common(1)[0] if answers else ("", 0)
-    return Grade(
-        id=problem_id, samples=len(rewards), correct=sum(r.correct for r in rewards),
-        truncated=truncated, majority=majority, votes=votes,
-        majority_correct=any(r.correct for r in rewards if majority and r.answer == majority),
+def _reason(grade: Grade, args: CurateArgs) -> str:
+    return decide(
+        grade, min_correct=args.min_correct, max_share=args.max_share,
+        majority_share=args.majority_share,
     )  # fmt: skip
 
 
-def decide(grade: Grade, *, min_correct: int, max_share: float, majority_share: float) -> str:
-    """KEPT, or why the problem is dropped. The label is doubted first: its pass rate means nothing then."""
-    if not grade.majority_correct and 0 < majority_share * grade.samples <= grade.votes:
-        return WRONG_LABEL
-    if grade.correct < min_correct:
-        return UNSOLVED
-    return EASY if grade.correct > max_share * grade.samples else KEPT
-
-
 def write(
-    problems: Sequence[Problem], grades: Sequence[Grade], args: CurateArgs
-) -> Mapping[str, int]:
-    """Write OUT.jsonl and OUT.dropped.jsonl, each in one move; returns problems by reason."""
-    first = {} if args.first_pass is None else read_grades(args.first_pass, None)
+    problems: Sequence[Problem], grades: Sequence[Grade], args: CurateArgs,
+    first: Mapping[int, Grade],
+) -> Mapping[str, int]:  # fmt: skip
+    """Write OUT.jsonl and OUT.dropped.jsonl, each in one move; returns problems by reason.
+
+    first: what the first pass said of each problem; empty where there was none.
+    """
     kept: list[str] = []
     dropped: list[str] = []
     counts: Counter[str] = Counter({KEPT: 0})
     for problem, grade in zip(problems, grades, strict=True):
-        reason = decide(
-            grade, min_correct=args.min_correct, max_share=args.max_share,
-            majority_share=args.majority_share,
-        )  # fmt: skip
+        reason = _reason(grade, args)
         counts[reason] += 1
         row = _row(problem, grade, reason, first.get(problem.id))
         (kept if reason == KEPT else dropped).append(dump_line(row))
@@ -307,54 +299,6 @@ def sibling(out: Path, kind: str) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.{kind}.jsonl")
 
 
-def _header(
-    config: Config, which: evaluate.EvaluateArgs, problems: Sequence[Problem], samples: int
-) -> dict[str, Any]:
-    """What makes two starts the same; the first line of the log."""
-    return {
-        "problems": stable_hash(" ".join(str(problem.id) for problem in problems)),
-        "weights": f"{which.run or config.model.path or 'from scratch'} {which.checkpoint or ''}".strip(),
-        "samples": samples,
-        "temperature": config.eval.temperature,
-        "max_new_tokens": config.rollout.max_new_tokens,
-        "seed": config.run.seed,
-    }
-
-
-def read_grades(log: Path, header: Mapping[str, Any] | None) -> dict[int, Grade]:
-    """Grades in a log by problem; a torn last line is cut off. None for a header accepts any.
-
-    Raises: UserError if the log belongs to other problems, weights or settings, or is no log.
-    """
-    if header is None and not log.is_file():
-        raise UserError(f"--first-pass {log} is no file; give the .graded.jsonl of an earlier pass")
-    records = [*read_records(log)]
-    if not records:
-        log.unlink(missing_ok=True)
-        return {}
-    stored = records[0]
-    differing = [] if header is None else [k for k in header if header[k] != stored.get(k)]
-    if differing:
-        key = differing[0]
-        step = " name the run's step with --checkpoint," if key == "weights" else ""
-        raise UserError(
-            f"{log} was made with {key}={stored.get(key)}, but this start has {key}={(header or {})[key]};"
-            f"{step} choose another --out, or remove that file"
-        )
-    if header is not None:
-        partial = log.with_name(log.name + ".partial")
-        partial.write_text("".join(map(dump_line, records)), encoding="utf-8")
-        partial.replace(log)
-    try:
-        return {record["id"]: Grade(**record) for record in records[1:]}
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{log} is no log of jaxrl.curate ({error}); remove it") from error
-
-
-def _plain(grade: Grade) -> dict[str, Any]:
-    return {name: getattr(grade, name) for name in Grade.__slots__}
-
-
 def _print(counts: Mapping[str, int], args: CurateArgs, console: Console) -> None:
     table = Table(title=f"{sum(counts.values())} problems x {args.samples} samples")
     table.add_column("decision")
@@ -363,6 +307,17 @@ def _print(counts: Mapping[str, int], args: CurateArgs, console: Console) -> Non
         table.add_row(reason, str(number))
     console.print(table)
     console.print(f"{counts[KEPT]} problems written to {args.out}", markup=False, soft_wrap=True)
+
+
+def _notes(
+    config: Config, grades: Sequence[Grade], first: Mapping[int, Grade], args: CurateArgs
+) -> Iterator[str]:
+    """What the first pass would have lost, and whether problems were left out."""
+    if first:
+        hard = sum(first[g.id].correct == 0 and _reason(g, args) == KEPT for g in grades)
+        yield f"{hard} of them were never solved in the first pass"
+    if args.split == "train" and len(grades) == config.task.num_train:
+        yield f"no more than task.num_train={len(grades)} problems were graded"
 
 
 if __name__ == "__main__":

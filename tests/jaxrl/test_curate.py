@@ -14,9 +14,22 @@ import pytest
 
 from jaxrl import curate
 from jaxrl.cli import save_config
-from jaxrl.config import Config, TaskConfig
-from jaxrl.curate import EASY, KEPT, UNSOLVED, WRONG_LABEL, CurateArgs, Grade, decide, graded
+from jaxrl.config import Config, RunConfig, TaskConfig
+from jaxrl.curate import CurateArgs
 from jaxrl.errors import UserError
+from jaxrl.grades import (
+    EASY,
+    KEPT,
+    UNSOLVED,
+    WRONG_LABEL,
+    Grade,
+    decide,
+    first_grades,
+    graded,
+    header_of,
+    read_grades,
+    with_task_of,
+)
 from jaxrl.tasks import make_task
 from jaxrl.types import Problem, Reward
 
@@ -66,7 +79,7 @@ def problems(number: int = 60) -> list[Problem]:
 def test_the_result_is_what_the_jsonl_task_trains_on(tmp_path: Path) -> None:
     out = tmp_path / "kept.jsonl"
     grades = [grade(4 if n % 2 else 0, id=n) for n in range(60)]
-    counts = curate.write(problems(), grades, CurateArgs(out=out))
+    counts = curate.write(problems(), grades, CurateArgs(out=out), {})
     assert counts == {KEPT: 30, UNSOLVED: 30}
     task = make_task(TaskConfig(name="jsonl", path=out), 0)
     assert {p.prompt for p in task.problems("train")} <= {f"{n}=" for n in range(1, 60, 2)}
@@ -76,30 +89,86 @@ def test_the_result_is_what_the_jsonl_task_trains_on(tmp_path: Path) -> None:
     assert {row["curation"]["reason"] for row in dropped} == {UNSOLVED}
 
 
+def first_pass(path: Path, of: list[Problem], number: int = 60) -> Path:
+    """The log of a weak policy that solved nothing, on `number` problems."""
+    task = TaskConfig(name="arithmetic", digits=1, prompt_template="{problem}!", num_train=60)
+    header = header_of(Config(task=task, run=RunConfig(seed=7)), "weak", of, 16)
+    lines = [header, *(dataclasses.asdict(grade(0, id=n)) for n in range(number))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def test_the_second_pass_decides_alone_and_remembers_the_first(tmp_path: Path) -> None:
-    weak, out = tmp_path / "weak.graded.jsonl", tmp_path / "final.jsonl"
-    lines = [{"samples": 16}, *(dataclasses.asdict(grade(0, id=n)) for n in range(60))]
-    weak.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log, out = first_pass(tmp_path / "weak.graded.jsonl", problems()), tmp_path / "final.jsonl"
     strong = [grade(4, id=n) for n in range(60)]
-    counts = curate.write(problems(), strong, CurateArgs(out=out, first_pass=weak))
+    first = first_grades(log, problems())
+    counts = curate.write(problems(), strong, CurateArgs(out=out, first_pass=log), first)
     assert counts[KEPT] == 60  # all unsolved by the weak policy
     row = json.loads(out.read_text().splitlines()[0])
     assert (row["curation"]["first_pass_rate"], row["curation"]["pass_rate"]) == (0, 0.25)
+
+
+def test_the_second_pass_grades_the_task_of_the_first_whatever_its_policy_trained_on(
+    tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its policy was trained on what the first pass kept, a handful of the original problems."""
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(f'{{"prompt": "{n}+1=", "answer": "{n + 1}"}}\n' for n in range(60)))
+    config = tiny_config()
+    original = make_task(config.task, config.run.seed).problems("train")
+    log = tmp_path / "weak.graded.jsonl"
+    lines = [header_of(config, "weak", original, 16)]
+    lines += [dataclasses.asdict(grade(0, id=p.id)) for p in original]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    strong = dataclasses.replace(
+        config, task=TaskConfig(name="jsonl", path=kept), run=RunConfig(seed=9)
+    )
+    save_config(strong, tmp_path / "strong.yaml")
+    asked = []
+
+    def grade_all(config, which, subject, problems, args, console) -> list:
+        asked.extend(p.id for p in problems)
+        return [grade(4, id=p.id) for p in problems]
+
+    monkeypatch.setattr(curate, "grade_all", grade_all)
+    monkeypatch.setattr(curate, "start_devices", lambda _: None)
+    words = ["--config", str(tmp_path / "strong.yaml"), "--out", str(tmp_path / "final.jsonl")]
+    curate.main([*words, "--first-pass", str(log)])
+    assert asked == [p.id for p in original]
+
+
+def test_a_first_pass_of_other_problems_or_an_unfinished_one_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "weak.graded.jsonl"
+    first_pass(log, problems(), number=50)
+    made = with_task_of(Config(), log)
+    assert (made.task.digits, made.task.prompt_template, made.run.seed) == (1, "{problem}!", 7)
+    with pytest.raises(UserError, match="lacks 10 of 60 problems; start that pass again"):
+        first_grades(log, problems())
+    with pytest.raises(UserError, match="graded other problems than these 59; give the --split"):
+        first_grades(log, problems(59))
+    for path in (tmp_path / "none.jsonl", tmp_path / "kept.jsonl"):
+        with pytest.raises(UserError, match="is no log of an earlier pass; give its OUT"):
+            with_task_of(Config(), path)
+        (tmp_path / "kept.jsonl").write_text('{"prompt": "1", "answer": "2"}\n')
 
 
 def test_a_log_of_other_settings_is_refused_and_a_torn_line_dropped(tmp_path: Path) -> None:
     log, header = tmp_path / "a.graded.jsonl", {"samples": 16, "seed": 0}
     whole = json.dumps(header) + "\n" + json.dumps(dataclasses.asdict(grade(1, id=5))) + "\n"
     log.write_text(whole + '{"id": 6, "samp')
-    assert set(curate.read_grades(log, header)) == {5}
+    assert set(read_grades(log, header)) == {5}
     assert log.read_text() == whole
     with pytest.raises(UserError, match="samples=16, but this start has samples=8"):
-        curate.read_grades(log, {"samples": 8, "seed": 0})
+        read_grades(log, {"samples": 8, "seed": 0})
+    log.write_text(json.dumps({"task": {"digits": 2, "reward_workers": 1}}) + "\n")
+    assert read_grades(log, {"task": {"digits": 2, "reward_workers": 2}}) == {}
+    with pytest.raises(UserError, match=r"task\.digits=2, but this start has task\.digits=3"):
+        read_grades(log, {"task": {"digits": 3, "reward_workers": 2}})
     log.write_text(json.dumps({"weights": "runs/a 20"}) + "\n")
     with pytest.raises(
         UserError, match="has weights=runs/a 40; name the run's step with --checkpoint"
     ):
-        curate.read_grades(log, {"weights": "runs/a 40"})
+        read_grades(log, {"weights": "runs/a 40"})
 
 
 @pytest.mark.parametrize(
@@ -118,7 +187,7 @@ def test_thresholds_that_keep_nothing_are_refused(settings, said) -> None:
 def test_a_run_that_trains_on_is_graded_at_the_step_it_had(
     tiny_config: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Devices first: looking for checkpoints starts jax. The step goes into the log's first line."""
+    """Devices first: looking for checkpoints starts jax."""
     folder, order = tmp_path / "run", []
     (folder / "checkpoints" / "0").mkdir(parents=True)
     save_config(tiny_config(), folder / "config.yaml")
@@ -126,7 +195,7 @@ def test_a_run_that_trains_on_is_graded_at_the_step_it_had(
     monkeypatch.setattr(curate.evaluate, "step_of", lambda *_: order.append("step") or 40)
 
     def grade_all(config, which, subject, problems, args, console) -> list:
-        order.append(curate._header(config, which, problems, 16)["weights"])
+        order.append(curate.weights_of(config, which))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(curate, "grade_all", grade_all)
