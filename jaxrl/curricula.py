@@ -36,6 +36,8 @@ class Curricula:
     edge: EdgeStream | None
     lengths: LengthCurriculum
     num_stages: int
+    probe_slots: int
+    """Most slots that sample unsolved problems."""
 
     def observe(self, sampled: Sequence[RolloutGroup], step: int) -> dict[str, float]:
         """Learn from all groups of optimizer step `step`, before its tickets are released; the curves."""
@@ -67,12 +69,13 @@ class Curricula:
             self.lengths.restore(state["lengths"])
 
 
-def make_curricula(config: Config, stream: PromptStream) -> Curricula:
+def make_curricula(config: Config, stream: PromptStream, plan: Plan) -> Curricula:
     """The curricula that the configuration asks for."""
     stages = stages_of(config)
     return Curricula(
         edge=EdgeStream(stream, config.curriculum) if config.curriculum.edge else None,
         lengths=LengthCurriculum(stages, config.curriculum), num_stages=len(stages),
+        probe_slots=probe_slots(config, plan),
     )  # fmt: skip
 
 
@@ -87,11 +90,12 @@ def make_rollout(
         observer = telemetry.observer_of(make_shapes(staged, subject.model))
         return build.make_engine(staged, subject, mesh, observer)
 
-    settings, probes = config.curriculum, None
-    if curricula.edge is not None and settings.probe_slots > 0:
+    probes = None
+    if curricula.edge is not None and curricula.probe_slots > 0:
         probes = ProbeSettings(
-            source=curricula.edge, slots=settings.probe_slots, samples=settings.probe_samples
-        )
+            source=curricula.edge, slots=curricula.probe_slots,
+            samples=config.curriculum.probe_samples,
+        )  # fmt: skip
     return build.make_worker(
         config, subject, mesh, store, buffer, rewards, telemetry.observer,
         stages=Stages(lengths=curricula.lengths, make_engine=make_engine), probes=probes,
@@ -121,15 +125,41 @@ def plan_curricula(
     ]
 
 
+def probe_slots(config: Config, plan: Plan) -> int:
+    """Most slots for probes: as configured, or (-1) those that the roofline predicts idle.
+
+    Those are all of them if decoding stands still for as long as a completion of the longest kind takes,
+    and else the slots that no sample within the staleness bound can ever fill; whole probes only.
+    """
+    settings = config.curriculum
+    if settings.probe_slots >= 0:
+        return settings.probe_slots
+    slots, spare = config.rollout.slots, _spare_slots(config, plan)
+    idle_s = _idle_share(config, plan) * _step_s(config, plan)
+    completion_s = plan.phase_s[Phase.DECODE] / -(-plan.samples // slots)
+    free = slots if idle_s >= completion_s else spare
+    return free - free % settings.probe_samples
+
+
+def _spare_slots(config: Config, plan: Plan) -> int:
+    return max(0, config.rollout.slots - (config.rollout.max_staleness + 1) * plan.samples)
+
+
+def _step_s(config: Config, plan: Plan) -> float:
+    return plan.overlapped_s if config.rollout.max_staleness else plan.lockstep_s
+
+
+def _idle_share(config: Config, plan: Plan) -> float:
+    """Predicted share of a step in which nothing is decoded."""
+    return max(0.0, 1.0 - plan.phase_s[Phase.DECODE] / _step_s(config, plan))
+
+
 def _probe_row(config: Config, plan: Plan) -> tuple[str, str, str]:
-    """Slots that no sample of the staleness bound can ever fill, and how often all are predicted idle."""
-    under_way = (config.rollout.max_staleness + 1) * plan.samples
-    spare = max(0, config.rollout.slots - under_way)
-    step_s = plan.overlapped_s if config.rollout.max_staleness else plan.lockstep_s
-    idle = max(0.0, 1.0 - plan.phase_s[Phase.DECODE] / step_s)
+    """Slots for probes, and what is predicted idle."""
     return (
         "slots for probes",
-        f"{config.curriculum.probe_slots}",
-        f"{spare} are never taken by at most {under_way} samples under way; all are predicted idle "
-        f"{idle:.0%} of a step",
+        f"{probe_slots(config, plan)}",
+        f"{_spare_slots(config, plan)} are never taken by at most "
+        f"{(config.rollout.max_staleness + 1) * plan.samples} samples under way; all are predicted idle "
+        f"{_idle_share(config, plan):.0%} of a step",
     )

@@ -127,7 +127,8 @@ class CurriculumConfig:
     """Factor per optimizer step on the remembered outcomes: what is solved comes back to be checked, 8 of 8
     after some 100 steps."""
     probe_slots: int = 0
-    """Most idle rollout slots that sample unsolved problems; 0 is off. A waiting prompt takes them back."""
+    """Most idle rollout slots that sample unsolved problems; 0 is off, -1 as many as the roofline predicts idle
+    (the printed plan says how many). A waiting prompt takes them back."""
     probe_samples: int = 4
     """Samples of one probe; a success puts its problem back into the stream."""
     lengths: tuple[int, ...] = ()
@@ -153,9 +154,11 @@ class CurriculumConfig:
             value = getattr(self, name)
             _check(value >= 1, f"curriculum.{name}={value} must be at least 1")
         _check(
-            self.probe_slots == 0 or (self.edge and self.probe_slots >= self.probe_samples),
+            self.probe_slots == 0
+            or (self.edge and (self.probe_slots == -1 or self.probe_slots >= self.probe_samples)),
             f"curriculum.probe_slots={self.probe_slots} samples what curriculum.edge=true leaves out, "
-            f"curriculum.probe_samples={self.probe_samples} at a time; set edge, and at least so many slots",
+            f"curriculum.probe_samples={self.probe_samples} at a time; set edge, and at least so many slots "
+            "(-1: as many as are predicted idle)",
         )
         self._check_stages()
 

@@ -127,7 +127,7 @@ def _run(
         learner, record = starter.begin() if resumed_step is None else starter.resume(resumed_step)
         if only_cold_start:
             return
-        curricula = make_curricula(config, stream)
+        curricula = make_curricula(config, stream, plan)
         curricula.restore(record.curricula)
         buffer = build.make_buffer(
             config, curricula.edge or stream, version=record.step, state=record.buffer

@@ -107,9 +107,14 @@ def build(run: Run) -> Report:
 
 
 def _curriculum(run: Run) -> dict[str, float]:
-    """Where its problems stood at the last step, and what its probes had cost and found."""
+    """Where its problems stood at the last step, what its probes had cost and found, and the tokens of all
+    that was sampled until then."""
     last = run.metrics[-1] if run.metrics else {}
-    return {name: value for name, value in last.items() if name.startswith("curriculum/")}
+    return {
+        name: value
+        for name, value in last.items()
+        if name.startswith("curriculum/") or name == "perf/generated_tokens"
+    }
 
 
 def _model(run: Run, notes: list[str]) -> dict[str, Any]:

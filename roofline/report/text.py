@@ -89,18 +89,25 @@ def header(report: Report) -> list[tuple[str, str]]:
 def _curriculum(report: Report) -> list[tuple[str, str]]:
     """Where the problems of an edge curriculum stood at the end; what probes cost and found."""
     now = {
-        name.removeprefix("curriculum/"): f"{value:.0f}"
+        name.removeprefix("curriculum/"): value
         for name, value in report.results.items()
         if name.startswith("curriculum/")
     }
     if "active" not in now:
         return []
-    stood = ", ".join(f"{now[name]} {name}" for name in ("active", "solved", "unsolved", "unseen"))
+    places = ("active", "solved", "unsolved", "unseen")
+    stood = ", ".join(f"{now[name]:,.0f} {name}" for name in places)
+    if now["probes"] == 0:
+        return [("problems", stood)]
+    tokens, found = now["probe_tokens"], now["promoted"]
+    share = tokens / max(report.results.get("perf/generated_tokens", 0.0), tokens, 1.0)
+    each = f", one for every {tokens / found:,.0f} tokens" if found else ""
     cost = (
-        f"{now['probes']} of unsolved problems took {now['probe_tokens']} tokens, "
-        f"{now['probe_cancelled']} samples were cut short, {now['promoted']} problems were promoted"
+        f"{now['probes']:,.0f} of unsolved problems took {tokens:,.0f} tokens, {share:.1%} of all that were "
+        f"sampled; {now['probe_samples']:,.0f} samples were judged, {now['probe_cancelled']:,.0f} cut short "
+        f"because the batch wanted their slots; {found:,.0f} problems were promoted{each}"
     )
-    return [("problems", stood), *([("probes", cost)] if now["probes"] != "0" else [])]
+    return [("problems", stood), ("probes", cost)]
 
 
 def _interval_note(report: Report) -> str:

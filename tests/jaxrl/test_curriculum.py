@@ -170,6 +170,8 @@ def test_a_schedule_moves_the_stage_at_its_steps() -> None:
         ({"decay": 0.0}, "usual: 0.99"),
         ({"probe_slots": 8}, "set edge"),
         ({"edge": True, "probe_slots": 2}, "at least so many slots"),
+        ({"edge": True, "probe_slots": -2}, "-1: as many as are predicted idle"),
+        ({"probe_slots": -1}, "set edge"),
         ({"lengths": (8, 4)}, "must rise"),
         ({"lengths": (4, 8), "slots": (4,)}, "each of the 2 stages"),
         ({"lengths": (4, 8), "stage_steps": (4, 8)}, "the 1 changes"),

@@ -8,12 +8,15 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxrl import train
+from jaxrl import build, train
 from jaxrl.cli import ParsedArgs, load_config
 from jaxrl.config import Config, CurriculumConfig
+from jaxrl.curricula import plan_curricula, probe_slots
 from jaxrl.errors import UserError
+from jaxrl.plan import make_plan
 from jaxrl.rollout.engine import RolloutEngine
 from roofline.hardware import Hardware
+from roofline.phases import Phase
 
 LEARNT = ("actor/grad_norm", "actor/pg_loss", "reward/mean", "completions/max_length")
 HARDWARE = Hardware(
@@ -98,12 +101,13 @@ def test_a_resumed_run_has_the_same_curriculum(
 
 @pytest.mark.slow
 def test_probes_of_a_real_run_are_counted_and_leave_the_batch_whole(
-    tiny_config: Callable[..., Config],
+    tiny_config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(steps=8, sft_steps=0, eval_every=0)
     config = dataclasses.replace(
         config,
-        curriculum=CurriculumConfig(edge=True, unsolved_after=4, probe_slots=8, probe_samples=2),
+        rollout=dataclasses.replace(config.rollout, slots=24),  # 8 more than samples of a step
+        curriculum=CurriculumConfig(edge=True, unsolved_after=4, probe_slots=-1, probe_samples=2),
     )
     last = run(config)[-1]
     assert last["curriculum/probes"] > 0
@@ -112,6 +116,38 @@ def test_probes_of_a_real_run_are_counted_and_leave_the_batch_whole(
     assert last["perf/generated_tokens"] <= sampled + last["curriculum/probe_tokens"]
     report = (config.run.dir / "report.md").read_text()
     assert "of unsolved problems took" in report
+    assert "never taken by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("slots", "staleness", "decode_s", "step_s", "expected"),
+    [
+        (40, 1, 0.5, 1.0, 39),  # a completion takes 0.5 s, and so long nothing is decoded
+        (40, 1, 0.9, 1.0, 6),  # it does not: 8 of the slots are never taken
+        (12, 1, 0.9, 1.0, 0),
+        (8, 0, 0.6, 0.9, 6),  # two waves of 0.3 s
+    ],
+)
+def test_the_roofline_says_how_many_slots_may_probe(
+    tiny_config: Callable[..., Config],
+    slots: int, staleness: int, decode_s: float, step_s: float, expected: int,
+) -> None:  # fmt: skip
+    config = tiny_config(max_staleness=staleness)
+    config = dataclasses.replace(
+        config,
+        rollout=dataclasses.replace(config.rollout, slots=slots),
+        curriculum=CurriculumConfig(edge=True, probe_slots=-1, probe_samples=3),
+    )
+    model = build.make_subject(config).model
+    plan = make_plan(config, model, HARDWARE)
+    assert plan.samples == 16
+    plan = dataclasses.replace(
+        plan, lockstep_s=step_s, overlapped_s=step_s, phase_s={Phase.DECODE: decode_s}
+    )
+    (row,) = plan_curricula(config, model, HARDWARE, plan)
+    assert row[:2] == ("slots for probes", str(expected))
+    fixed = dataclasses.replace(config, curriculum=CurriculumConfig(edge=True, probe_slots=5))
+    assert probe_slots(fixed, plan) == 5
 
 
 def test_a_stage_that_does_not_fit_is_refused_before_the_run(

@@ -394,6 +394,22 @@ def test_an_unfinished_run_without_summary_and_metrics_still_gets_a_report(run_d
     assert "has not finished" in path.read_text()
 
 
+def test_an_edge_curriculum_shows_where_its_problems_stand_and_what_probes_cost_and_found(
+    run_dir: Path,
+) -> None:
+    counts = {"active": 37, "solved": 2, "unsolved": 1347, "unseen": 0, "probes": 116}
+    counts |= {"probe_samples": 440, "probe_tokens": 1500, "probe_cancelled": 24, "promoted": 8}
+    last = {"step": 9, "version": 9, "wall_s": 9.0, "perf/generated_tokens": 6000.0}
+    last |= {f"curriculum/{name}": float(n) for name, n in counts.items()}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(last) + "\n")
+    text = write(run_dir)[0].read_text()
+    assert "- problems: 37 active, 2 solved, 1,347 unsolved, 0 unseen" in text
+    assert "116 of unsolved problems took 1,500 tokens, 25.0% of all that were sampled" in text
+    assert "440 samples were judged, 24 cut short" in text
+    assert "8 problems were promoted, one for every 188 tokens" in text
+
+
 def test_text_of_the_run_is_escaped(run_dir: Path) -> None:
     hardware = dataclasses.replace(shared_cores(), name="<b>card</b> & co")
     hardware.save(run_dir / "hardware.json")
