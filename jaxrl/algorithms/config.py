@@ -85,8 +85,8 @@ class GrpoConfig:
     entropy_shaping_bound: float = 2.0
     """kappa, > 1: the sign of an advantage never flips."""
     top_entropy_share: float = 1.0
-    """Policy gradient only on this share of the batch's tokens, those of highest entropy
-    (arXiv:2506.01939: 0.2)."""
+    """Policy gradient only on this share of a minibatch's tokens, those of highest entropy at the start of the
+    step (arXiv:2506.01939: 0.2; its code takes the quantile of each micro-batch)."""
     top_entropy_denominator: Literal["all", "kept"] = "all"
     """Tokens counted by the aggregation: all as in the paper, kept as in its code (5 times the gradient)."""
 

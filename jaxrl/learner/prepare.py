@@ -3,8 +3,8 @@
     groups --> rewards, group advantages, filters          (jaxrl.packing, from the rewards alone)
            --> scores under the weights before the first update      only where something needs them
            --> advantages per token: KL in the reward, critic, token spread
-           --> tokens of high entropy
-           --> minibatches of whole groups, their spreads and denominators --> packed micro-batches
+           --> minibatches of whole groups, their spreads, tokens of high entropy and denominators
+           --> packed micro-batches
 
 Every denominator, quantile and spread is over a whole batch or minibatch, never over a micro-batch.
 Minibatches are made in the order of the groups, the same in every epoch.
@@ -104,13 +104,13 @@ def prepare(
             learner.set_kl_weight(weight)
     if settings.advantage_scale == "token_std":
         sequences = _whitened(sequences, settings.advantage_ddof)
-    kept = [s.loss_mask for s in sequences]
-    if sequences and settings.top_entropy_share < 1:
-        kept, curves = _high_entropy(sequences, settings)
-        metrics |= curves
-    packed = [
-        rows.pack(chosen) for chosen in _minibatches(sequences, kept, settings, rows.max_new_tokens)
-    ]
+    made = _minibatches(sequences, settings, rows.max_new_tokens)
+    packed = [rows.pack(chosen) for chosen, _ in made]
+    of_minibatches = [curves for _, curves in made]
+    metrics |= {
+        name: float(np.mean([curves[name] for curves in of_minibatches]))
+        for name in (of_minibatches[0] if made else {})
+    }
     return Prepared(
         minibatches=[batches for batches, _ in packed],
         padding_ratio=_padding_ratio([stats for _, stats in packed]),
@@ -251,33 +251,39 @@ def _entropy_of(sequence: TrainSequence) -> np.ndarray:
 
 
 def _minibatches(
-    sequences: list[TrainSequence],
-    kept: list[np.ndarray],
-    settings: GrpoConfig,
-    max_new_tokens: int,
-) -> list[list[TrainSequence]]:
-    """Whole groups, about equally many in each, with the minibatch's own spread and denominators; only the
-    tokens `kept` have advantages, which are standardised before."""
+    sequences: list[TrainSequence], settings: GrpoConfig, max_new_tokens: int
+) -> list[tuple[list[TrainSequence], Curves]]:
+    """Whole groups, about equally many in each; and the curves of each minibatch."""
     groups = np.array([s.group for s in sequences])
+    shares = np.array_split(np.unique(groups), settings.minibatches)
+    chosen = [np.flatnonzero(np.isin(groups, share)) for share in shares]
+    return [
+        _minibatch([sequences[n] for n in where], settings, max_new_tokens)
+        for where in chosen
+        if where.size
+    ]
+
+
+def _minibatch(
+    sequences: list[TrainSequence], settings: GrpoConfig, max_new_tokens: int
+) -> tuple[list[TrainSequence], Curves]:
+    """One optimizer batch with its own denominators, spread and entropy quantile; only tokens of high
+    entropy keep their advantages, which are standardised before."""
+    kept, curves = [s.loss_mask for s in sequences], {}
+    if settings.top_entropy_share < 1:
+        kept, curves = _high_entropy(sequences, settings)
     of_kept = settings.top_entropy_denominator == "kept"
-    made = []
-    for share in np.array_split(np.unique(groups), settings.minibatches):
-        where = np.flatnonzero(np.isin(groups, share))
-        if not where.size:
-            continue
-        chosen = [sequences[n] for n in where]
-        if settings.minibatches > 1 or of_kept:
-            masks = [kept[n] if of_kept else sequences[n].loss_mask for n in where]
-            chosen = _weighed(chosen, masks, settings, max_new_tokens)
-        if settings.advantage_scale == "minibatch_std":
-            chosen = _standardised(chosen, settings)
-        if settings.top_entropy_share < 1:
-            chosen = [
-                replace(s, advantages=np.where(kept[n], s.advantages, np.float32(0)))
-                for n, s in zip(where, chosen, strict=True)
-            ]
-        made.append(chosen)
-    return made
+    if settings.minibatches > 1 or of_kept:
+        masks = kept if of_kept else [s.loss_mask for s in sequences]
+        sequences = _weighed(sequences, masks, settings, max_new_tokens)
+    if settings.advantage_scale == "minibatch_std":
+        sequences = _standardised(sequences, settings)
+    if settings.top_entropy_share < 1:
+        sequences = [
+            replace(s, advantages=np.where(mask, s.advantages, np.float32(0)))
+            for s, mask in zip(sequences, kept, strict=True)
+        ]
+    return sequences, curves
 
 
 def _weighed(

@@ -83,7 +83,91 @@ def reinforce_pp_k3(mb, batch):
     return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a))
 
 
+def ppo_discounted(mb, batch):
+    """gamma = 0.9 and lambda = 0.95."""
+
+    def advantages(v, _):
+        rewards = np.zeros(v.n)
+        rewards[-1] = v.r
+        delta = rewards + 0.9 * np.append(v.value[1:], 0) - v.value
+        weights = (0.9 * 0.95) ** np.arange(v.n)
+        return np.array([(weights[: v.n - t] * delta[t:]).sum() for t in range(v.n)])
+
+    pairs = papers.white_pairs(mb, batch, advantages)
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a))
+
+
+def _off_policy(mb, bound):
+    """The mask compares the sampler with the policy in training, not with the learner at step start."""
+
+    def term(v, a):
+        present = papers.PRESENT[(v.n, v.lb.sum())]
+        kept = not (a < 0 and (v.lb - present).mean() > bound)
+        rho = papers.ratio_b(v)
+        return kept * papers.min_clip(rho, a) - 0.001 * rho * papers.k3(v)
+
+    pairs = papers.paired(mb, lambda g: papers.center([v.r for v in g]))
+    return papers.sequence_mean(pairs, term)
+
+
+def deepseek_v32_masked(mb, batch):
+    """One completion with A < 0 is 0.08 away."""
+    return _off_policy(mb, 0.05)
+
+
+def deepseek_v32_minibatches(mb, batch):
+    """It was 0.29 away when the step began."""
+    return _off_policy(mb, 0.2)
+
+
+def sequence_mask_minibatches(mb, batch):
+    """The mask compares the sampler with the learner at the start of the step, as verl's does."""
+
+    def term(v, a):
+        return (0.9 <= np.exp((v.lo - v.lb).mean()) <= 1.1) * papers.min_clip(papers.ratio_b(v), a)
+
+    pairs = papers.paired(mb, lambda g: papers.norm([v.r for v in g]))
+    return papers.token_mean(pairs, term)
+
+
+def entropy_8020_minibatches(mb, batch):
+    """The quantile is over the minibatch, as the paper's."""
+    return papers.entropy_8020(mb, mb)
+
+
+def dapo_overlong_correct(mb, batch):
+    """Correct completions alone pay for their length."""
+    pairs = papers.paired(
+        mb,
+        lambda g: papers.norm([2 * v.r - 1 + (v.r == 1) * papers.overlong(v, 1.0) for v in g]),
+    )
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a, 0.2, 0.28, 10))
+
+
+VALUE_TARGETS = {
+    "ppo": lambda v: papers.returns(v, 0.001),
+    "ppo_shared": lambda v: papers.gae(v, None) + v.value,
+}
+"""What each critic learns: advantage before whitening plus value, which for lambda 1 is the return."""
+
+
+def value_loss(mb, target, table, clip):
+    """Half the larger of two squares, over all tokens; `table` holds the critic's values, by state."""
+    total = 0.0
+    for v in [v for group in mb for v in group]:
+        now, goal = table[v.state], target(v)
+        near = np.clip(now, v.value - clip, v.value + clip)
+        total += np.maximum((now - goal) ** 2, (near - goal) ** 2).sum() / 2
+    return total / sum(v.n for group in mb for v in group)
+
+
 OPTIONS = {
+    ppo_discounted: ("ppo_shared", {"gamma": 0.9}),
+    deepseek_v32_masked: ("deepseek_v32", {"off_policy_bound": 0.05}),
+    deepseek_v32_minibatches: ("deepseek_v32", {"minibatches": 2, "off_policy_bound": 0.2}),
+    sequence_mask_minibatches: ("sequence_mask", {"minibatches": 2}),
+    entropy_8020_minibatches: ("entropy_8020", {"minibatches": 2}),
+    dapo_overlong_correct: ("dapo", {"overlong_on": "correct"}),
     dapo_overlong_filter: ("dapo", {"mask_truncated": True}),
     entropy_8020_kept: ("entropy_8020", {"top_entropy_denominator": "kept"}),
     magistral_8020: ("magistral", {"top_entropy_share": 0.2}),

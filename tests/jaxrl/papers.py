@@ -36,6 +36,7 @@ class View(NamedTuple):
     lr: np.ndarray
     entropy: np.ndarray  # of the learner at step start
     value: np.ndarray
+    state: np.ndarray  # the token before, which is all that policy and critic look at
     r: float
     n: int
     answer: str
@@ -60,7 +61,7 @@ def view(theta: np.ndarray, p: int, g: int, start: np.ndarray) -> View:
     return View(
         lp=logprobs(theta, tokens), lo=logprobs(start, tokens), lb=logprobs(SAMPLER, tokens),
         lr=logprobs(REFERENCE, tokens), entropy=-(np.exp(log_p) * log_p).sum(axis=-1),
-        value=VALUES[tokens[1:-1]], r=float(REWARDS[p][g]), n=len(tokens) - 2,
+        value=VALUES[tokens[1:-1]], state=tokens[1:-1], r=float(REWARDS[p][g]), n=len(tokens) - 2,
         answer=ANSWERS[p][g], coin=hashlib.blake2b(f"{p}/{g}".encode(), digest_size=1).digest()[0] & 1,
     )  # fmt: skip
 
@@ -283,7 +284,7 @@ def decoupled_ppo(mb, batch):
     return token_mean(pairs, lambda v, a: _truncated(v, 0, 5) * min_clip(ratio(v), a))
 
 
-def _returns(v, weight):
+def returns(v, weight):
     """To go, with k1 against the reference in the reward."""
     rewards = -weight * (v.lo - v.lr)
     rewards[-1] += v.r
@@ -291,7 +292,7 @@ def _returns(v, weight):
 
 
 def reinforce_pp(mb, batch):
-    pairs = white_pairs(mb, batch, lambda v, a: _returns(v, 0.01))
+    pairs = white_pairs(mb, batch, lambda v, a: returns(v, 0.01))
     return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 
@@ -302,22 +303,20 @@ def reinforce_pp_baseline(mb, batch):
 
 def ppo(mb, batch):
     """lambda = 1: return minus value."""
-    pairs = white_pairs(mb, batch, lambda v, a: _returns(v, 0.001) - v.value)
+    pairs = white_pairs(mb, batch, lambda v, a: returns(v, 0.001) - v.value)
     return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 
+def gae(v, _):
+    """Sum of (lambda)^k times the k-th temporal difference; nothing is worth anything after the end."""
+    rewards = np.zeros(v.n)
+    rewards[-1] = v.r
+    delta = rewards + np.append(v.value[1:], 0) - v.value
+    return np.array([sum(0.95 ** (k - t) * delta[k] for k in range(t, v.n)) for t in range(v.n)])
+
+
 def ppo_shared(mb, batch):
-    """Sum of (lambda)^k times the k-th temporal difference."""
-
-    def advantages(v, _):
-        rewards = np.zeros(v.n)
-        rewards[-1] = v.r
-        delta = rewards + np.append(v.value[1:], 0) - v.value
-        return np.array(
-            [sum(0.95 ** (k - t) * delta[k] for k in range(t, v.n)) for t in range(v.n)]
-        )
-
-    pairs = white_pairs(mb, batch, advantages)
+    pairs = white_pairs(mb, batch, gae)
     return token_mean(pairs, lambda v, a: min_clip(ratio(v), a))
 
 

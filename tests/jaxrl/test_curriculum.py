@@ -107,6 +107,16 @@ def test_an_unsolved_problem_comes_back_by_a_probe_that_succeeds_and_by_nothing_
     assert probe.index > FIRST_PROBE
 
 
+def test_a_probe_that_fails_after_all_was_forgotten_leaves_its_problem_unsolved() -> None:
+    source = learnt(stream(probe_slots=4, decay=0.5), MIXED)
+    source.observe([], 40)  # 8 samples without a success are 0 by now
+    unsolved = source.curves()["curriculum/unsolved"]
+    probe = source.next_probe()
+    source.probed(probe, rewards(0, 4), tokens=9)
+    assert source.curves()["curriculum/unsolved"] == unsolved
+    assert probe.problem.id not in {source.at(index).problem.id for index in range(200, 220)}
+
+
 def test_with_nothing_at_the_edge_the_hardest_solved_problem_is_taken_and_counted() -> None:
     source = learnt(stream(max_pass=0.2), {0: 0, 1: 8, 2: 4, 3: 1, 4: 0, 5: 8}, samples=8)
     assert source.at(NUM).problem.id - 10 == 3  # (1 + 1) / (2 + 8)

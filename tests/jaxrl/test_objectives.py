@@ -240,17 +240,28 @@ def _gradients(groups, settings: GrpoConfig, rows: Rows) -> list[np.ndarray]:
     return [np.asarray(jax.grad(_total)(THETA, b, settings)) for b in prepared.minibatches]
 
 
-def test_the_value_loss_is_half_the_larger_of_two_squares():
-    """PPO's critic: returns of lambda 1, values clipped to within 0.1 of those at the start."""
-    settings = _settings("ppo_shared")
-    (batch, *_), *_ = prepare(
-        _groups(), settings, ROWS, BigramLearner(settings, papers.OLD)
-    ).minibatches
-    values = batch.values + papers.RNG.normal(0, 0.2, batch.values.shape).astype(np.float32)
-    start, returns = batch.values, batch.returns
-    clipped = np.clip(values, start - 0.1, start + 0.1)
-    larger = np.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    expected = 0.5 * (batch.token_weights * larger)[batch.loss_mask].sum()
-    got, in_force = value_loss(jnp.asarray(values), batch, clip=0.1)
-    np.testing.assert_allclose(float(got), expected, atol=VALUE)
-    assert 0 < float(in_force) < batch.loss_mask.sum()
+@pytest.mark.parametrize("name", paper_options.VALUE_TARGETS)
+def test_the_value_loss_is_half_the_larger_of_two_squares(name):
+    """Value and gradient, of a critic that has moved since the step began, some values beyond the clip."""
+    settings = _settings(name)
+    prepared = prepare(_groups(), settings, ROWS, BigramLearner(settings, papers.OLD))
+    clip, shares = settings.value_clip, np.array_split(np.arange(4), settings.minibatches)
+    table, num_clipped = papers.VALUES + np.linspace(-0.8, 0.8, papers.VOCAB), 0.0
+    for batches, share in zip(prepared.minibatches, shares, strict=True):
+        views = [[papers.view(papers.THETA, p, g, papers.OLD) for g in range(3)] for p in share]
+
+        def objective(values, views=views):
+            return paper_options.value_loss(views, paper_options.VALUE_TARGETS[name], values, clip)
+
+        def ours(values, batches=batches):
+            parts = [value_loss(values[jnp.asarray(b.tokens)], b, clip=clip) for b in batches]
+            return sum((loss for loss, _ in parts), jnp.float32(0)), sum(n for _, n in parts)
+
+        values = jnp.asarray(table, jnp.float32)
+        (value, clipped), gradient = jax.value_and_grad(ours, has_aux=True)(values)
+        num_clipped += float(clipped)
+        np.testing.assert_allclose(float(value), objective(table), atol=VALUE)
+        for n, direction in enumerate(np.eye(papers.VOCAB)):
+            numeric = objective(table + STEP * direction) - objective(table - STEP * direction)
+            np.testing.assert_allclose(float(gradient[n]), numeric / (2 * STEP), atol=SLOPE)
+    assert 0 < num_clipped < sum(map(sum, papers.LENGTHS))

@@ -94,22 +94,31 @@ class Rewards:
         return future
 
 
+class Blind(GroupBuffer):
+    """Its tickets always come after the look and before the draw."""
+
+    @property
+    def has_tickets(self) -> bool:
+        return False
+
+
 class Store:
     def current(self):
         return None
 
 
 def run(
-    steps: int, *, probe_slots: int, stages: Stages | None = None, engine: Engine | None = None
-):
+    steps: int, *, probe_slots: int, stages: Stages | None = None, engine: Engine | None = None,
+    buffer_of: type[GroupBuffer] = GroupBuffer,
+):  # fmt: skip
     """Groups of each step, the engine and the stream after `steps` steps of a run that learns at once."""
     base = PromptStream(PROBLEMS, CharTokenizer("0123456789"), 0, 4, False)
     edge = EdgeStream(
         base, CurriculumConfig(edge=True, unsolved_after=G, probe_slots=max(probe_slots, 4))
     )
     engine = engine or Engine()
-    buffer = GroupBuffer(edge, prompts_per_step=P, max_staleness=0)
-    engine.has_tickets = lambda: buffer.has_tickets
+    buffer = buffer_of(edge, prompts_per_step=P, max_staleness=0)
+    engine.has_tickets = lambda: buffer._free_tickets > 0
     settings = ProbeSettings(source=edge, slots=probe_slots, samples=4)
     worker = RolloutWorker(
         engine, Store(), buffer, Rewards(), CharTokenizer("0123456789"), group_size=G,
@@ -156,6 +165,14 @@ def test_probes_in_every_slot_give_way_to_the_next_batch_within_a_chunk() -> Non
     _, engine, edge = run(8, probe_slots=SLOTS)
     assert engine.most_probes == SLOTS
     assert engine.longest_wait <= 1  # tickets may arrive while a chunk runs
+    assert edge.curves()["curriculum/probe_cancelled"] > 0
+
+
+def test_tickets_that_come_while_probes_are_seated_take_the_slots_back() -> None:
+    plain, _, _ = run(8, probe_slots=0)
+    probed, engine, edge = run(8, probe_slots=12, buffer_of=Blind)
+    assert probed == plain
+    assert engine.longest_wait <= 1
     assert edge.curves()["curriculum/probe_cancelled"] > 0
 
 
