@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from models.config import LORA_TARGETS, Lora, ModelConfig
 from models.hf.names import HFTensor, tensors_of
 from models.hf.read import read_json
-from models.hf.save import write_json
+from models.hf.save import save_tensors, write_json
 from models.lora import lora_of
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,7 +70,7 @@ def save_adapter(config: ModelConfig, adapter: Mapping[str, Any], folder: Path) 
         if f"{tensor.parameter}_a" in adapter and tensor.transposed:
             out |= _tensors(tensor, config, adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(out, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    save_tensors(out, folder / ADAPTER_FILE)
 
 
 def _tensors(

@@ -46,10 +46,15 @@ def checkpoint_folder(name: Path | str) -> Path:
     """The local folder of a checkpoint: `name` itself, or what a hub id stands for.
 
     A hub id (owner/name) is fetched from huggingface.co, or taken from the local cache (HF_HOME).
-    Raises: ValueError if there is no such folder and it cannot be fetched.
+    Raises: ValueError if there is no such folder and it cannot be fetched, or it is a run's.
     """
     folder = Path(name)
     if folder.is_dir():
+        if (folder / "checkpoints").is_dir() and not (folder / CONFIG_FILE).exists():
+            raise ValueError(
+                f"{name} is the folder of a run; write one of its checkpoints as a folder of its own first: "
+                f"`python -m models.hf export --run {name} --step STEP --out FOLDER`"
+            )
         return folder
     if not _HUB_ID.fullmatch(str(name)):
         raise ValueError(

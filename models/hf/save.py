@@ -101,11 +101,19 @@ def write_weights(
         names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     for name, group in zip(names, files, strict=True):
         out = {tensor.name: np.ascontiguousarray(value(tensor), dtype=dtype) for tensor in group}
-        save_file(out, folder / name, metadata={"format": "pt"})
+        save_tensors(out, folder / name)
     if len(files) > 1:
         size = sum(int(np.prod(tensor.shape)) for tensor in tensors) * dtype.itemsize
         listed = {t.name: name for name, group in zip(names, files, strict=True) for t in group}
         write_json(folder / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": listed})
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+    """One safetensors file with the permissions of any other new file; the library's are the owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({**tensors}, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

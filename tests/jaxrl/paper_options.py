@@ -34,6 +34,16 @@ def dapo_overlong_filter(mb, batch):
     return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a, 0.2, 0.28, 10))
 
 
+def grpo_overlong_counted(mb, batch):
+    """TRL: a masked completion has no loss and still counts as a sequence."""
+    pairs = papers.paired(mb, lambda g: papers.norm([v.r for v in g]))
+    terms = [
+        (v.n < papers.LONGEST) * (papers.min_clip(papers.ratio(v), a) - 0.04 * papers.k3(v)).mean()
+        for v, a in pairs
+    ]
+    return np.mean(terms)
+
+
 def entropy_8020_kept(mb, batch):
     kept = sum((v.entropy >= papers.top_threshold(batch)).sum() for group in mb for v in group)
     return papers.entropy_8020(mb, batch) * sum(v.n for group in mb for v in group) / kept
@@ -169,6 +179,7 @@ OPTIONS = {
     entropy_8020_minibatches: ("entropy_8020", {"minibatches": 2}),
     dapo_overlong_correct: ("dapo", {"overlong_on": "correct"}),
     dapo_overlong_filter: ("dapo", {"mask_truncated": True}),
+    grpo_overlong_counted: ("grpo", {"mask_truncated": True, "count_masked": True}),
     entropy_8020_kept: ("entropy_8020", {"top_entropy_denominator": "kept"}),
     magistral_8020: ("magistral", {"top_entropy_share": 0.2}),
     raft_best: ("raft", {"keep_samples": "best"}),

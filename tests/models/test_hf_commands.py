@@ -162,6 +162,23 @@ def test_merges_without_a_meaning_are_refused(three, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_runs_folder_is_no_checkpoint_and_the_message_says_how_to_make_one(
+    run_folder, three, tmp_path, capsys
+):
+    out = f"--out={tmp_path / 'out'}"
+    for words in (["merge", str(three[0]), str(run_folder), out], ["inspect", str(run_folder)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        assert stopped.value.code == 2
+        assert f"export --run {run_folder} --step STEP" in capsys.readouterr().err
+
+
+def test_weights_may_be_read_by_whoever_may_read_the_configuration(three):
+    assert {path.stat().st_mode & 0o777 for path in three[0].iterdir()} == {
+        (three[0] / "config.json").stat().st_mode & 0o777
+    }
+
+
 def test_inspection_gives_sizes_and_shardings(tmp_path, capsys):
     save_policy(make(0), tmp_path)
     main(["inspect", str(tmp_path), "--fsdp=4", "--tensor=2"])
