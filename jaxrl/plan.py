@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from jaxrl.config import Config
+from jaxrl.config import Config, GrpoConfig
 from jaxrl.errors import UserError
 from jaxrl.observe import Shapes
 from jaxrl.tokenizer import Tokenizer
@@ -155,6 +155,7 @@ def plan_rows(
         ("rollout memory", _size(plan.rollout_bytes), _parts(plan.rollout_bytes)),
         ("hardware", _known(hardware), hardware.name),
         *_warned(hardware),
+        *_refilled(config.grpo),
     ]
     rows += [
         (f"predicted {phase}", f"{1e3 * seconds:.1f} ms", _beside(phase, seconds, hardware))
@@ -174,6 +175,18 @@ def plan_rows(
         )
     )
     return rows
+
+
+def _refilled(grpo: GrpoConfig) -> list[tuple[str, str, str]]:
+    """The budget of dynamic sampling, if there is any."""
+    if grpo.refill_rounds == 0:
+        return []
+    most = grpo.refill_rounds * grpo.prompts_per_step
+    says = (
+        f"up to {most:,} further groups of {grpo.samples_per_prompt} samples in a step; then it goes on with "
+        "the groups that have signal"
+    )
+    return [("dynamic sampling", f"{grpo.refill_rounds} rounds", says)]
 
 
 def _beside(phase: Phase, seconds: float, hardware: Hardware) -> str:

@@ -7,7 +7,7 @@ from typing import Literal, assert_never
 import numpy as np
 
 Baseline = Literal["mean", "leave_one_out", "none"]
-Scale = Literal["group_std", "batch_std", "group_mean", "none"]
+Scale = Literal["group_std", "batch_std", "batch_reward_std", "group_mean", "none"]
 
 VARIANCE_FLOOR = 1e-8
 """Added to a variance before its root is divided by (OpenRLHF and verl whiten with it)."""
@@ -41,8 +41,10 @@ def group_advantages(
     none = 0, the reward itself.
     scale: group_std = standard deviation of the group's rewards + eps (GRPO); batch_std = standard
     deviation of the advantages over all sequences of groups WITH signal + eps (Magistral
-    arXiv:2506.10910 section 2.1, ScaleRL arXiv:2510.13786); group_mean = mean reward of the group
-    (MaxRL; a group whose mean is not positive gets 0); none = 1 (Dr. GRPO arXiv:2503.20783).
+    arXiv:2506.10910 section 2.1, ScaleRL arXiv:2510.13786); batch_reward_std = that of the rewards of all
+    groups given + eps, so that prompts of different difficulty widen it (arXiv:2508.08221, TRL's
+    scale_rewards=batch); group_mean = mean reward of the group (MaxRL; a group whose mean is not positive
+    gets 0); none = 1 (Dr. GRPO arXiv:2503.20783).
     Every standard deviation divides by its count - ddof. With a group baseline, groups of equal
     rewards get exactly 0 and enter no spread; a group of one sample is such a group, unless
     singleton=reward (verl): then it keeps its reward, undivided by a group's spread.
@@ -51,7 +53,7 @@ def group_advantages(
         rewards: [P, G], finite.
         baseline: what is subtracted.
         scale: what divides.
-        eps: added to the spread, in units of reward (batch_std, group_std).
+        eps: added to the spread, in units of reward (batch_std, batch_reward_std, group_std).
         ddof: 1 for the unbiased variance, 0 for the maximum-likelihood one.
         singleton: advantage of a group of one sample.
 
@@ -64,8 +66,8 @@ def group_advantages(
     rewards = _checked(rewards)
     group_size = rewards.shape[1]
     if baseline == "none" or (group_size == 1 and singleton == "reward"):
-        spread = rewards.std(ddof=ddof) + eps if scale == "batch_std" else 1.0
-        return rewards / spread
+        of_batch = scale == "batch_std" or scale == "batch_reward_std"
+        return rewards / (rewards.std(ddof=ddof) + eps if of_batch else 1.0)
     flat = zero_variance(rewards)
     advantages = np.where(flat[:, None], 0.0, rewards - rewards.mean(axis=1, keepdims=True))
     if baseline == "leave_one_out" and group_size > 1:
@@ -77,6 +79,8 @@ def group_advantages(
         return np.where(means > 0, advantages / np.where(means > 0, means, 1.0), 0.0)
     if scale == "group_std":
         spread = rewards[~flat].std(axis=1, ddof=ddof, keepdims=True)
+    elif scale == "batch_reward_std":
+        spread = rewards.std(ddof=ddof)
     else:
         spread = advantages[~flat].std(ddof=ddof)
     advantages[~flat] /= spread + eps

@@ -51,11 +51,18 @@ class GrpoConfig:
     """Largest such penalty (arXiv:2502.03373)."""
 
     advantage_scale: Literal[
-        "group_std", "batch_std", "minibatch_std", "token_std", "group_mean", "none"
+        "group_std",
+        "batch_std",
+        "batch_reward_std",
+        "minibatch_std",
+        "token_std",
+        "group_mean",
+        "none",
     ] = "group_std"
-    """Divides reward minus baseline. group_std: GRPO arXiv:2402.03300; batch_std: ScaleRL arXiv:2510.13786;
-    minibatch_std: Magistral arXiv:2506.10910; token_std: mean and spread over tokens, REINFORCE++
-    arXiv:2501.03262; group_mean: MaxRL; none: Dr. GRPO arXiv:2503.20783."""
+    """Divides reward minus baseline. group_std: GRPO arXiv:2402.03300; batch_std: of advantages, ScaleRL
+    arXiv:2510.13786; batch_reward_std: of rewards, arXiv:2508.08221 and TRL's batch; minibatch_std: Magistral
+    arXiv:2506.10910; token_std: mean and spread over tokens, REINFORCE++ arXiv:2501.03262; group_mean: MaxRL;
+    none: Dr. GRPO arXiv:2503.20783."""
     advantage_baseline: Literal["mean", "leave_one_out", "none", "value"] = "mean"
     """What is subtracted: group mean, mean of the others (RLOO arXiv:2402.14740), nothing, or a critic."""
     advantage_eps: float = 1e-6

@@ -203,8 +203,9 @@ def _of_groups(
             rewards[mine][None], baseline=baseline, scale=of_group, eps=settings.advantage_eps,
             ddof=settings.advantage_ddof,
         )[0]  # fmt: skip
-    if scale == "batch_std":
-        advantages /= advantages.std(ddof=settings.advantage_ddof) + settings.advantage_eps
+    if scale == "batch_std" or scale == "batch_reward_std":
+        spread = (advantages if scale == "batch_std" else rewards).std(ddof=settings.advantage_ddof)
+        advantages /= spread + settings.advantage_eps
     return advantages
 
 

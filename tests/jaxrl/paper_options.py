@@ -60,6 +60,20 @@ def magistral_8020(mb, batch):
     )
 
 
+def batch_reward_std(mb, batch):
+    """TRL's scale_rewards=batch: the rewards of all samples, whatever their prompts."""
+    scale = np.std([v.r for group in batch for v in group], ddof=1) + 1e-6
+    pairs = papers.paired(mb, lambda g: papers.center([v.r for v in g]) / scale)
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio_b(v), a))
+
+
+def rloo_batch_reward_std(mb, batch):
+    """The same with the KL in those rewards, and the others' mean as baseline."""
+    r = [[v.r - 0.03 * (v.lo - v.lr).sum() for v in group] for group in batch]
+    scale = np.std(r, ddof=1) + 1e-6
+    return papers.rloo(mb, batch) / scale
+
+
 def raft_best(mb, batch):
     """The first best of each group, weighed by its reward."""
     best = [max(group, key=lambda v: v.r) for group in mb]
@@ -182,6 +196,11 @@ OPTIONS = {
     grpo_overlong_counted: ("grpo", {"mask_truncated": True, "count_masked": True}),
     entropy_8020_kept: ("entropy_8020", {"top_entropy_denominator": "kept"}),
     magistral_8020: ("magistral", {"top_entropy_share": 0.2}),
+    batch_reward_std: (
+        "bypass",
+        {"advantage_scale": "batch_reward_std", "drop_zero_advantage": False},
+    ),
+    rloo_batch_reward_std: ("rloo", {"advantage_scale": "batch_reward_std"}),
     raft_best: ("raft", {"keep_samples": "best"}),
     ttrl_votes: ("ttrl", {"group_size": 2, "votes_per_prompt": 3}),
     reinforce_pp_k3: ("reinforce_pp", {"kl_estimator": "k3"}),

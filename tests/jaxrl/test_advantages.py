@@ -64,7 +64,14 @@ def test_groups_without_signal_do_not_enter_the_batch_std():
     np.testing.assert_array_equal(got[2:], 0.0)
 
 
-@pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
+def test_the_rewards_of_all_groups_may_give_the_spread():
+    rewards = np.array([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    got = group_advantages(rewards, scale="batch_reward_std", ddof=0, eps=0.0)
+    np.testing.assert_allclose(got[0] * rewards.std(), [0.75, -0.25, -0.25, -0.25], atol=1e-12)
+    np.testing.assert_array_equal(got[1], 0.0)
+
+
+@pytest.mark.parametrize("scale", ["group_std", "batch_std", "batch_reward_std", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 def test_equal_rewards_give_exactly_zero(scale, baseline):
     rewards = np.array([[0.1] * 3, [0.7] * 3, [1e8] * 3])  # 0.1 * 3 / 3 != 0.1 in floating point
@@ -77,7 +84,7 @@ def test_a_group_of_one_carries_no_signal():
     assert (group_advantages(np.array([[3.0], [4.0]]), baseline="leave_one_out") == 0).all()
 
 
-@pytest.mark.parametrize("scale", ["group_std", "batch_std", "none"])
+@pytest.mark.parametrize("scale", ["group_std", "batch_std", "batch_reward_std", "none"])
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
 @deterministic
 @given(rewards=rewards_of_groups)

@@ -1,5 +1,8 @@
 """Learner and preparation together: minibatches, scores, critic, refreshed reference, adapted KL."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -120,6 +123,16 @@ def test_a_step_makes_every_update_the_first_at_ratio_one_and_traces_nothing_ane
     traced = learner.trace_count
     learner.update_step(prepare(_groups(), settings, ROWS, learner).minibatches, step=2)
     assert learner.trace_count == traced
+
+
+def test_curves_of_several_updates_are_their_means_and_maxima():
+    updates = [
+        {"actor/ratio_max": 1.5, "actor/loss": 1.0},
+        {"actor/ratio_max": 1.1, "actor/loss": 3},
+    ]
+    fake: Any = SimpleNamespace(_grpo=GrpoConfig(minibatches=2, epochs=2), update=lambda one: one)
+    curves = Learner.update_step(fake, updates, step=1)
+    assert curves == {"actor/ratio_max": 1.5, "actor/loss": 2.0}
 
 
 @pytest.mark.parametrize("trunk", [pytest.param("separate", marks=pytest.mark.slow), "shared"])

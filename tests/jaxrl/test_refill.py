@@ -6,10 +6,13 @@ import threading
 import numpy as np
 import pytest
 
+from jaxrl import build
 from jaxrl.buffer import BufferClosed, GroupBuffer
 from jaxrl.config import GrpoConfig
+from jaxrl.plan import make_plan, plan_rows
 from jaxrl.refill import take_batch
 from jaxrl.types import Completion, Finish, Problem, Prompt, Reward, Rollout, RolloutGroup
+from roofline.datasheets import datasheet
 
 P, LONGEST = 4, 8
 
@@ -101,3 +104,18 @@ def test_without_rounds_nothing_is_replaced():
     assert ([g.prompt.index for g in taken.groups], taken.refilled) == ([0, 1, 2, 3], 0)
     buffer.close()
     thread.join()
+
+
+def test_the_plan_states_the_budget(tiny_config):
+    config = tiny_config()
+    grpo = dataclasses.replace(config.grpo, drop_zero_advantage=True, refill_rounds=3)
+    hardware, subject = datasheet("l4"), build.make_subject(config)
+    plan = make_plan(config, subject.model, hardware)
+
+    def rows(config):
+        return {row[0]: row[1:] for row in plan_rows(config, plan, hardware, subject.tokenizer)}
+
+    refilled = rows(dataclasses.replace(config, grpo=grpo))["dynamic sampling"]
+    assert refilled[0] == "3 rounds"
+    assert refilled[1].startswith("up to 12 further groups of 4 samples")
+    assert "dynamic sampling" not in rows(config)
