@@ -11,10 +11,10 @@
     ```
     </solution>
 
-A completion without that form, or whose search text is not in its file or equals its replacement, gets -1.
-Else the mean over the files that either edit changes of the similarity of both unified diffs (3 lines of
-context, no header lines), in [0, 1]. Standard library only; quadratic in the diffs at worst, which the
-pool's time limit bounds.
+A completion without each tag once, with empty thoughts or no block, or whose search text is not in its file
+or equals its replacement, gets -1; text outside the tags does not count. Else the mean over the files that
+either edit changes of the similarity of both unified diffs (3 lines of context, no header lines), in [0, 1].
+Standard library only; quadratic in the diffs at worst, which the pool's time limit bounds.
 
 A row has `files` (path -> text before) and `patched` (path -> text after the reference edit).
 """
@@ -33,7 +33,6 @@ WRONG_FORM = -1.0
 """Reward of a completion that holds no edit that can be applied."""
 _CONTEXT_LINES = 3
 _HEADER_LINES = 2
-_FORM = re.compile(r"\s*<think>(.*?)</think>\s*<solution>(.*?)</solution>\s*", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<solution>", "</solution>")
 _EDIT = re.compile(
     r"```[^\n]*\n### ([^\n]*)\n<<<<<<< SEARCH\n(.*?)\n=======\n(.*?)\n>>>>>>> REPLACE\n```",
@@ -59,7 +58,7 @@ def read_edit(row: Mapping[str, Any]) -> tuple[Files, Files]:
                 f'{field!r} is {value!r:.60}; verifier similarity wants {{"files": {{path: text}}, '
                 '"patched": {path: text}}'
             )
-    if not any(row["files"].get(path, "") != text for path, text in row["patched"].items()):
+    if not any(_differ(row["files"].get(path, ""), text) for path, text in row["patched"].items()):
         raise UserError("'patched' changes none of the 'files'; there is no edit to resemble")
     return row["files"], row["patched"]
 
@@ -87,12 +86,11 @@ def apply_edits(completion: str, before: Files) -> dict[str, str]:
 
     Raises: EditError.
     """
-    found = _FORM.fullmatch(completion)
-    if found is None or any(completion.count(tag) != 1 for tag in _TAGS):
+    if any(completion.count(tag) != 1 for tag in _TAGS):
         raise EditError("not one <think>...</think> and one <solution>...</solution>")
-    if not found[1].strip():
+    if not _between(completion, *_TAGS[:2]).strip():
         raise EditError("no thoughts")
-    edits = _EDIT.findall(found[2])
+    edits = _EDIT.findall(_between(completion, *_TAGS[2:]))
     if not edits:
         raise EditError("no SEARCH/REPLACE block")
     edited: dict[str, str] = {}
@@ -108,19 +106,30 @@ def apply_edits(completion: str, before: Files) -> dict[str, str]:
 
 
 def edit_similarity(before: Files, edited: Files, after: Files) -> float:
-    """Mean similarity of the diffs of two edits over the files that either changes; 1 if neither changes any.
+    """Mean similarity of the diffs of two edits over the files that either changes.
 
     The similarity of one file is 2 M / T of difflib without its heuristic for popular characters, and 0
-    where one edit alone changes it.
+    where one edit alone changes it. A file of which only the ends of lines change is not changed, so that
+    nothing is earned by such an edit.
     """
     mine, reference = _diffs(before, edited), _diffs(before, after)
     scores = [_ratio(mine.get(p, ""), reference.get(p, "")) for p in {*mine, *reference}]
-    return sum(scores) / len(scores) if scores else 1.0
+    return sum(scores) / len(scores)
+
+
+def _between(text: str, start: str, end: str) -> str:
+    """What stands between two tags; to the end of the text where `end` stands before `start`."""
+    return text.partition(start)[2].partition(end)[0]
+
+
+def _differ(old: str, new: str) -> bool:
+    """The texts differ in more than the ends of their lines, of which a diff says nothing."""
+    return old.splitlines() != new.splitlines()
 
 
 def _diffs(before: Files, after: Files) -> dict[str, str]:
     """Unified diffs of the changed files."""
-    changed = {path: text for path, text in after.items() if before.get(path, "") != text}
+    changed = {path: text for path, text in after.items() if _differ(before.get(path, ""), text)}
     return {path: unified(before.get(path, ""), text) for path, text in changed.items()}
 
 
@@ -132,5 +141,5 @@ def unified(old: str, new: str) -> str:
 
 def _ratio(mine: str, reference: str) -> float:
     if not mine or not reference:
-        return float(mine == reference)
+        return 0.0
     return difflib.SequenceMatcher(None, mine, reference, autojunk=False).ratio()

@@ -71,6 +71,20 @@ def test_edits_of_one_file_follow_each_other() -> None:
 GOOD = edit("m.py", "c = 3", "c = 30")
 
 
+def test_text_around_the_tags_and_between_them_does_not_count() -> None:
+    """As in the paper's code, which counts each tag and takes what is between."""
+    spoken = said(GOOD).replace("<solution>", "So:\n<solution>")
+    assert score_similarity("", f"Sure. {spoken} Done.", ROW).total == 1.0
+
+
+def test_an_edit_of_line_ends_alone_earns_nothing() -> None:
+    row = {"files": {**ROW["files"], "n.py": "x = 1\n"}, "patched": ROW["patched"]}
+    half = said(edit("m.py", "c = 3", "c = 31"))
+    padded = said(edit("m.py", "c = 3", "c = 31"), edit("n.py", "x = 1", "x = 1\r"))
+    assert 0 < score_similarity("", half, row).total < 1
+    assert score_similarity("", padded, row).total == score_similarity("", half, row).total
+
+
 @pytest.mark.parametrize(
     "completion",
     [
@@ -117,6 +131,7 @@ def test_a_task_is_judged_by_it_and_a_cut_completion_is_not_spared(tmp_path: Pat
         ({"files": {"m": "a"}}, "'patched' is None"),
         ({"files": "a", "patched": {}}, "'files' is 'a'"),
         ({"files": {"m": "a"}, "patched": {"m": "a"}}, "changes none of the 'files'"),
+        ({"files": {"m": "a"}, "patched": {"m": "a\n"}}, "changes none of the 'files'"),
     ],
 )
 def test_a_row_without_an_edit_is_named_by_its_line(tmp_path: Path, row: dict, part: str) -> None:
