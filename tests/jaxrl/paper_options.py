@@ -74,6 +74,43 @@ def rloo_batch_reward_std(mb, batch):
     return papers.rloo(mb, batch) / scale
 
 
+def magistral_overlong_filter(mb, batch):
+    """What is left out of the loss is in the group's mean, and not in the minibatch's moments."""
+    centered = papers.paired(
+        mb, lambda g: papers.center([v.r + papers.overlong(v, 0.1) for v in g])
+    )
+    pairs = [(v, a) for v, a in centered if v.n < papers.LONGEST]
+    a = np.array([a for _, a in pairs])
+    pairs = [(v, (x - a.mean()) / (a.std() + 1e-6)) for v, x in pairs]
+    return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio_b(v), a, 0.2, 0.28))
+
+
+def scalerl_length(mb, batch):
+    """The spread is that of the groups that are trained on, though the others differ in their lengths."""
+
+    def advantages(group):
+        return papers.center([2 * v.r - 1 + papers.overlong(v, 1.0) for v in group])
+
+    scale = np.concatenate([advantages(group) for group in batch]).std(ddof=1) + 1e-6
+    return np.mean([
+        papers.token_mean(
+            [(v, a / scale) for v, a in papers.paired([group], advantages)],
+            lambda v, a: papers.cispo_term(v, a, v.lb),
+        )
+        for group in mb
+    ])  # fmt: skip
+
+
+def mis_symmetric(mb, batch):
+    """IcePop: weights outside [1 / cap, cap] are left out."""
+
+    def term(v, a):
+        w = np.exp(v.lo - v.lb)
+        return np.where((w >= 1 / 1.2) & (w <= 1.2), w, 0) * papers.min_clip(papers.ratio(v), a)
+
+    return papers.token_mean(papers.paired(mb, lambda g: papers.norm([v.r for v in g])), term)
+
+
 def raft_best(mb, batch):
     """The first best of each group, weighed by its reward."""
     best = [max(group, key=lambda v: v.r) for group in mb]
@@ -196,6 +233,9 @@ OPTIONS = {
     grpo_overlong_counted: ("grpo", {"mask_truncated": True, "count_masked": True}),
     entropy_8020_kept: ("entropy_8020", {"top_entropy_denominator": "kept"}),
     magistral_8020: ("magistral", {"top_entropy_share": 0.2}),
+    magistral_overlong_filter: ("magistral", {"mask_truncated": True}),
+    scalerl_length: ("scalerl", {"length_reward": "soft_overlong", "signal_from": "correct"}),
+    mis_symmetric: ("mis", {"correction_floor": 0.0, "correction_cap": 1.2}),
     batch_reward_std: (
         "bypass",
         {"advantage_scale": "batch_reward_std", "drop_zero_advantage": False},

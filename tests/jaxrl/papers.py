@@ -350,18 +350,18 @@ def gspo_token(mb, batch):
     return sequence_mean(pairs, term)
 
 
-def _cispo_term(v, a, old):
+def cispo_term(v, a, old):
     return np.minimum(np.exp(PRESENT[(v.n, v.lb.sum())] - old), 5) * a * v.lp
 
 
 def cispo(mb, batch):
     pairs = paired(mb, lambda g: norm(_rewards(g)))
-    return token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lo))
+    return token_mean(pairs, lambda v, a: cispo_term(v, a, v.lo))
 
 
 def cispo_absolute(mb, batch):
     pairs = paired(mb, lambda g: norm(_rewards(g)))
-    return token_mean(pairs, lambda v, a: _cispo_term(v, a, v.lb))
+    return token_mean(pairs, lambda v, a: cispo_term(v, a, v.lb))
 
 
 def scalerl(mb, batch):
@@ -371,7 +371,7 @@ def scalerl(mb, batch):
     each = [
         token_mean(
             paired([group], lambda g: center([2 * v.r - 1 for v in g]) / scale),
-            lambda v, a: _cispo_term(v, a, v.lb),
+            lambda v, a: cispo_term(v, a, v.lb),
         )
         for group in mb
     ]
@@ -380,7 +380,7 @@ def scalerl(mb, batch):
 
 def pipelinerl(mb, batch):
     pairs = paired(mb, lambda g: center(_rewards(g)) * len(g) / (len(g) - 1))
-    return np.mean([_cispo_term(v, a, v.lb).sum() for v, a in pairs])
+    return np.mean([cispo_term(v, a, v.lb).sum() for v, a in pairs])
 
 
 PAPERS = {

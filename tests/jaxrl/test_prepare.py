@@ -151,6 +151,19 @@ def test_the_critic_learns_the_returns(small_model, trunk):
     assert curves[-1]["critic/value_loss"] < 0.1 * curves[0]["critic/value_loss"]
 
 
+def test_the_value_loss_has_its_weight_in_the_loss(small_model):
+    losses = []
+    for weight in (1.0, 3.0):
+        settings = _ppo(critic_trunk="shared", value_weight=weight)
+        learner = _learner(small_model, settings)
+        (batch, *_), *_ = prepare(_groups(), settings, ROWS, learner).minibatches
+        loss, metrics = learner.programs["loss"](learner._model, batch, None)
+        losses.append(float(loss))
+    of_values = float(metrics.weighted["critic/value_loss"])
+    assert of_values > 0.01
+    assert losses[1] - losses[0] == pytest.approx(2 * of_values, rel=1e-3)
+
+
 def test_the_critic_warms_up_before_the_policy_moves(small_model):
     settings = _ppo(critic_warmup_steps=2)
     learner = _learner(small_model, settings)
