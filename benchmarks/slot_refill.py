@@ -3,9 +3,10 @@
     python -m benchmarks.slot_refill
 
 Pure counting with the real engine and a tiny model: every sample has a length of its own, lognormal
-with the longest 10 times the median. Counted are decode steps and slot-steps (steps x slots); ideal is
-one slot-step per token and, for steps, the larger of tokens / slots and the longest sample. The other
-side: fixed batches of as many rows as there are slots, each until its slowest row ends.
+with the longest 10 times the median. Counted are decode steps and slot-steps (steps x slots decoded); ideal
+is one slot-step per token and, for steps, the larger of tokens / slots and the longest sample. The other
+side: fixed batches of as many rows as there are slots, each until its slowest row ends. Few samples (--samples
+256) show what the last ones cost, which decode on fewer slots or, with --all-slots, do not.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class StepCounter(Observer):
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
+        self.slot_steps = 0
         self.tokens = 0
         self.calls = 0
 
@@ -48,18 +50,19 @@ class StepCounter(Observer):
         yield work
         self.calls += 1
         self.steps += work["steps"]
+        self.slot_steps += work["steps"] * work["slots"]
         self.tokens += work["tokens"]
 
 
 def count(
-    lengths: Sequence[int], *, slots: int, chunk_steps: int, refill_cost_steps: float
+    lengths: Sequence[int], *, slots: int, chunk_steps: int, refill_cost_steps: float, narrow: bool
 ) -> StepCounter:
     """Decode every length through `slots` slots."""
     config, counter = model_config(SHAPES["tiny"]), StepCounter()
     engine = RolloutEngine(
         config, make_mesh(jax.devices()[:1]), num_slots=slots, max_prompt_tokens=PROMPT_TOKENS,
         max_new_tokens=max(lengths), chunk_steps=chunk_steps, refill_cost_steps=refill_cost_steps,
-        num_stop_ids=1, dtype=jnp.dtype("float32"), seed=0, observer=counter,
+        num_stop_ids=1, dtype=jnp.dtype("float32"), seed=0, observer=counter, narrow_tail=narrow,
     )  # fmt: skip
     prompts = random_prompts(-(-len(lengths) // GROUP), PROMPT_TOKENS, config.vocab_size, 0)
     for i, length in enumerate(lengths):
@@ -79,7 +82,7 @@ def count(
 
 
 def facts(
-    name: str, lengths: Sequence[int], slots: int, *, steps: int, calls: int
+    name: str, lengths: Sequence[int], slots: int, *, steps: int, slot_steps: int, calls: int
 ) -> dict[str, Any]:
     """Counts beside the ideal."""
     tokens = sum(lengths)
@@ -90,7 +93,7 @@ def facts(
         "calls": calls,
         "ideal_steps": ideal,
         "steps_over_ideal": steps / ideal,
-        "slot_steps_per_token": steps * slots / tokens,
+        "slot_steps_per_token": slot_steps / tokens,
         "steps_per_call": steps / calls,
     }
 
@@ -109,25 +112,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ratio", type=float, default=10.0, help="longest / median")
     parser.add_argument("--chunks", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--costs", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--all-slots", action="store_true", help="the last samples too")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     made = record.provenance(timed=False)  # counts of steps
     lengths = tail_lengths(options.samples, median=options.median, ratio=options.ratio, seed=1)
-    slots = options.slots
+    slots, narrow = options.slots, not options.all_slots
     batches = [lengths[i : i + slots] for i in range(0, len(lengths), slots)]
     waiting = sum(map(max, batches))
     rows = [
         facts(f"batches of {slots} that wait for their slowest", lengths, slots, steps=waiting,
-              calls=len(batches))
+              slot_steps=waiting * slots, calls=len(batches))
     ]  # fmt: skip
-    for chunk in options.chunks:
-        seen = count(lengths, slots=slots, chunk_steps=chunk, refill_cost_steps=NEVER)
-        name = f"refilled every {chunk} steps"
-        rows.append(facts(name, lengths, slots, steps=seen.steps, calls=seen.calls))
-    for cost in options.costs:
-        seen = count(lengths, slots=slots, chunk_steps=LONGEST_CHUNK, refill_cost_steps=cost)
-        name = f"refilled once idle slots have cost {cost} steps"
-        rows.append(facts(name, lengths, slots, steps=seen.steps, calls=seen.calls))
+    ways = [(f"refilled every {chunk} steps", chunk, NEVER) for chunk in options.chunks]
+    ways += [
+        (f"refilled once idle slots have cost {cost} steps", LONGEST_CHUNK, cost)
+        for cost in options.costs
+    ]
+    for name, chunk, cost in ways:
+        seen = count(lengths, slots=slots, chunk_steps=chunk, refill_cost_steps=cost, narrow=narrow)
+        rows.append(
+            facts(name, lengths, slots, steps=seen.steps, slot_steps=seen.slot_steps,
+                  calls=seen.calls)
+        )  # fmt: skip
     head = ["way", "decode steps", "over ideal", "slot-steps per token", "steps per call"]
     cells = [
         [r["way"], f"{r['steps']:,}", f"{r['steps_over_ideal']:.2f}",

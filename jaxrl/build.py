@@ -138,7 +138,7 @@ def make_engine(config: Config, subject: Writer, mesh: Mesh, observer: Observer)
         seed=config.run.seed, kv_on_swap=rollout.kv_on_swap, observer=observer,
         cache_dtype=cache_dtype(config),
         programs=choose_programs(config, mesh.devices.flat[0], subject.model),
-        prefixes=rollout.prefixes(config.grpo.samples_per_prompt),
+        prefixes=rollout.prefixes(config.grpo.samples_per_prompt), narrow_tail=rollout.narrow_tail,
     )  # fmt: skip
 
 

@@ -232,6 +232,9 @@ class RolloutConfig:
     """Program of attention in decoding; blocks: products over key blocks, for a CPU; auto: as in model."""
     cache_dtype: Literal["auto", "bfloat16", "float32", "int8", "float8_e4m3"] = "auto"
     """Type of cached keys and values; auto: model.dtype. 8 bits stand beside a scale per head and token."""
+    narrow_tail: bool = True
+    """Decode the last samples, when nothing can enter, on a quarter or a sixteenth of the slots where the copy
+    pays; the samples are the same. Each width compiles programs of its own: false for a short trial."""
 
     def prefixes(self, group: int) -> PrefixRows | None:
         """The shared prompts, each for up to `group` slots; None: there are none."""

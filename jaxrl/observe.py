@@ -40,12 +40,13 @@ class Shapes:
         """Prompts [rows, tokens], each once, copied to the slots of `samples` samples."""
         return cost.prefill(self.model, self.rollout, rows, tokens, samples)
 
-    def decode(self, kv_len: int, steps: int, prefix_len: int = 0) -> PhaseCost:
-        """`steps` decode steps over all slots, each over its own cache and the shared rows of prompts, if
-        any, as far as given."""
-        rows = self.prefixes
-        read = None if rows is None else replace(rows, tokens=prefix_len or rows.tokens)
-        return cost.decode(self.model, self.rollout, self.num_slots, kv_len, steps, read)
+    def decode(
+        self, kv_len: int, steps: int, *, slots: int = 0, prefixes: PrefixRows | None = None
+    ) -> PhaseCost:
+        """`steps` decode steps over so many slots (0: all), each over its own cache and the shared rows of
+        prompts, if any, as far as given (None: whole)."""
+        rows, width = prefixes or self.prefixes, slots or self.num_slots
+        return cost.decode(self.model, self.rollout, width, kv_len, steps, rows)
 
     def reference(self, microbatches: int) -> PhaseCost:
         """Forward of the reference over all micro-batches."""
@@ -93,11 +94,14 @@ class Observer:
         return self._observe(Phase.PREFILL, "rollout", cost_of, version=version)
 
     def decode(self, *, version: int) -> Observed:
-        """The caller sets kv_len, steps (really done), tokens (really sampled), and prefix_len where
-        slots share prompts."""
+        """The caller sets slots (decoded), kv_len, steps (really done), tokens (really sampled), and where
+        slots share prompts prefix_rows and prefix_len (tokens read of each)."""
 
         def cost_of(shapes: Shapes, work: Work) -> PhaseCost:
-            return shapes.decode(work["kv_len"], work["steps"], work.get("prefix_len", 0))
+            read = shapes.prefixes
+            if read is not None:
+                read = replace(read, rows=work["prefix_rows"], tokens=work["prefix_len"])
+            return shapes.decode(work["kv_len"], work["steps"], slots=work["slots"], prefixes=read)
 
         return self._observe(Phase.DECODE, "rollout", cost_of, version=version)
 

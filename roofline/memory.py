@@ -55,7 +55,8 @@ def memory_per_device(
     activations of one micro-batch of [rows, row_tokens] and the logits of `chunk_tokens` tokens (0:
     of all tokens at once). `slots`, `max_len`, `prefixes`: key and value cache of the rollout; with
     `prefixes` max_len is what a slot holds besides its row of them. `snapshots`:
-    copies of the weights in the compute type held by the rollout (2 while a new version arrives). Of an
+    copies of the weights in the compute type held by the rollout (2 while a new version arrives). Fewer slots
+    for a batch's last samples take the place of all, array by array, and add nothing. Of an
     adapted model the adapter alone has gradients and optimizer state and is what snapshots copy.
 
     Raises:

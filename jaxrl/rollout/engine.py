@@ -1,20 +1,22 @@
 """Continuous batching over fixed slots: the host side of sampling. Single-threaded; its caller drives it.
 
     submit(request)                 any number of samples of one prompt, queued
-    run_chunk(snapshot)             1 free slots take queued samples; a prompt is prefilled once and its
+    run_chunk(snapshot)             1 all slots are there if samples wait; the last ones are gathered into
+                                      fewer slots where that pays
+                                    2 free slots take queued samples; a prompt is prefilled once and its
                                       keys and values are copied to every slot that samples it, or to a row
                                       that these slots share
-                                    2 one jitted loop of decode steps over all slots; it ends early when
+                                    3 one jitted loop of decode steps over the slots; it ends early when
                                       samples wait and idle slots have cost as much as refilling them will
-                                    3 finished completions are returned, their slots are free again
+                                    4 finished completions are returned, their slots are free again
 Weights may change between two chunks; each token keeps the version that produced it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,19 +37,30 @@ from jaxrl.rollout.admission import (
     pad_prompts,
     seats_of,
 )
+from jaxrl.rollout.narrow import (
+    Tail,
+    fitting_width,
+    moved_slots,
+    new_slots,
+    take_rows,
+    widths_of,
+)
 from jaxrl.rollout.prefix_rows import RowTable
+from jaxrl.rollout.samples import Live
 from jaxrl.rollout.sampling import (
     Chunk,
+    Rest,
     Slots,
     admit,
     decode_chunk,
     empty_slots,
     recompute_cache,
     slot_shardings,
+    split_slots,
+    whole_slots,
 )
 from jaxrl.tracing import num_traces
-from jaxrl.types import Completion, Finish, Snapshot
-from models.cache import KVCache, join_cache, split_cache
+from jaxrl.types import Completion, Snapshot
 from models.config import ModelConfig
 from models.decoder import prefill
 from models.rows import PrefixRows
@@ -58,19 +71,6 @@ NO_BUDGET = np.iinfo(np.int32).max
 """Idle slot-steps when there is nothing to refill slots with."""
 
 
-@dataclass(slots=True)
-class _Live:
-    """A sample in a slot, with what it has generated so far."""
-
-    request: Request
-    sample_index: int
-    length: int  # prompt and generated tokens
-    start: int  # of these, the ones before the slot's own cache
-    tokens: list[np.ndarray] = field(default_factory=list)  # of each chunk
-    logprobs: list[np.ndarray] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-
 class RolloutEngine:
     """Samples completions for queued requests, `num_slots` sequences at a time."""
 
@@ -79,10 +79,11 @@ class RolloutEngine:
         max_new_tokens: int, chunk_steps: int, refill_cost_steps: float, num_stop_ids: int,
         dtype: jnp.dtype, seed: int, kv_on_swap: str = "keep", observer: Observer,
         cache_dtype: jnp.dtype | None = None, programs: Programs = ON_CPU,
-        prefixes: PrefixRows | None = None,
+        prefixes: PrefixRows | None = None, narrow_tail: bool = True,
     ) -> None:  # fmt: skip
         """cache_dtype: None, as `dtype`. prefixes: rows for prompts that slots share; the mesh divides them
-        as it divides the slots. None: every slot has its own copy."""
+        as it divides the slots. None: every slot has its own copy. narrow_tail: the last samples are decoded
+        on fewer slots (`jaxrl.rollout.narrow`)."""
         self.num_slots = num_slots
         self._mesh = mesh
         self.max_prompt_tokens = max_prompt_tokens
@@ -95,11 +96,14 @@ class RolloutEngine:
         self._host = NamedSharding(mesh, PartitionSpec())
         self._root = jax.device_put(jax.random.key_data(jax.random.key(seed)), self._host)
         self._queue: deque[tuple[Request, int]] = deque()
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, Live] = {}
         self._kept: Prefilled | None = None
         self._own_tokens = self.max_tokens if prefixes is None else max_new_tokens
-        devices = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._rows = None if prefixes is None else RowTable(prefixes, num_slots, devices)
+        self._devices = mesh.shape["data"] * mesh.shape["fsdp"]  # that divide the slots
+        self._rows = None if prefixes is None else RowTable(prefixes, num_slots, self._devices)
+        each = num_slots // self._devices
+        self._widths = widths_of(each) if narrow_tail else (each,)
+        self._read = self._wasted = 0.0  # of `narrow.Tail`
         self._version: int | None = None
 
         slots = partial(
@@ -123,6 +127,7 @@ class RolloutEngine:
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
         )
+        self._take = jax.jit(take_rows, static_argnames=("place",))
         self._recompute = jax.jit(
             partial(recompute_cache, dtype=dtype, attention=programs.prompts),
             static_argnames=("tokens",),
@@ -139,7 +144,7 @@ class RolloutEngine:
 
     @property
     def slots(self) -> Slots:
-        """State of all slots."""
+        """State of the slots that are decoded now."""
         return self._slots
 
     @property
@@ -155,7 +160,7 @@ class RolloutEngine:
     @property
     def trace_count(self) -> int:
         """Programs traced so far over all jitted functions: flat once every bucket was met."""
-        return num_traces(self._prefill, self._admit, self._decode, self._recompute)
+        return num_traces(self._prefill, self._admit, self._decode, self._recompute, self._take)
 
     def submit(self, request: Request) -> None:
         """Queue the samples of a request."""
@@ -183,7 +188,7 @@ class RolloutEngine:
         freed = [slot for slot, live in self._live.items() if live.request.stream in streams]
         tokens = sum(sum(map(len, self._release(slot).tokens)) for slot in freed)
         if freed:
-            flags = np.isin(np.arange(self.num_slots), freed)
+            flags = np.isin(np.arange(self._width), freed)
             remaining = self._idle(self._slots.remaining, jax.device_put(flags, self._host))
             self._slots = replace(self._slots, remaining=remaining)
         return len(queued) + len(freed), tokens
@@ -201,6 +206,7 @@ class RolloutEngine:
         `more_waits`: the caller could submit more at once, so idle slots are worth a refill.
         """
         with jax.set_mesh(self._mesh):
+            self._fit(more_waits)
             self._swap_to(snapshot)
             self._refill(snapshot)
             if not self._live:
@@ -209,6 +215,36 @@ class RolloutEngine:
         return self._collect(chunk, snapshot.version)
 
     # -- steps of run_chunk ------------------------------------------------------------------------
+
+    def _fit(self, more_waits: bool) -> None:
+        """All slots for samples that wait; the last ones go where the rule of `jaxrl.rollout.narrow` says."""
+        if self._queue or more_waits or not self._live:
+            self._wasted = 0.0
+            if self._queue:
+                self._move_to(self._widths[0])
+            return
+        width, live = self._width // self._devices, self._live.values()
+        tail = Tail(
+            width=width,
+            live=max(Counter(slot // width for slot in self._live).values()),
+            steps=max(one.steps_left for one in live),
+            read=self._read,
+            wasted=self._wasted,
+        )
+        self._move_to(fitting_width(self._widths, tail))
+
+    def _move_to(self, width: int) -> None:
+        """Give each device so many slots, with the live samples in the first ones."""
+        present = self._width // self._devices
+        if width == present:
+            return
+        names, sources = new_slots(self._live, present, width, self._devices)
+        rows = None
+        if self._rows is not None:
+            self._rows, rows = self._rows.moved(names, len(sources))
+        self._slots = moved_slots(self._slots, sources, rows, self._take)
+        self._live = {names[slot]: live for slot, live in self._live.items()}
+        self._wasted = 0.0
 
     def _swap_to(self, snapshot: Snapshot) -> None:
         if snapshot.version == self._version:
@@ -221,11 +257,11 @@ class RolloutEngine:
             tokens = needed.cache.max_tokens
             if needed.prefixes is not None:
                 tokens += needed.prefixes.cache.max_tokens
-            self._slots = _whole(self._recompute(snapshot.policy, needed, tokens=tokens), rest)
+            self._slots = whole_slots(self._recompute(snapshot.policy, needed, tokens=tokens), rest)
         self._version = snapshot.version
 
     def _refill(self, snapshot: Snapshot) -> None:
-        free = [slot for slot in range(self.num_slots) if slot not in self._live]
+        free = [slot for slot in range(self._width) if slot not in self._live]
         if self._rows is not None:
             self._refill_sharing(snapshot, self._rows, free)
             return
@@ -287,7 +323,7 @@ class RolloutEngine:
         for one in entering:
             length = len(one.request.prompt)
             start = 0 if self._rows is None else length - 1
-            self._live[one.slot] = _Live(one.request, one.sample_index, length, start)
+            self._live[one.slot] = Live(one.request, one.sample_index, length, start)
         return source
 
     def _decode_live(self, snapshot: Snapshot, more_waits: bool) -> Chunk:
@@ -303,16 +339,21 @@ class RolloutEngine:
                 filtered=any(p.top_p < 1 or p.top_k > 0 for p in params),
                 greedy=any(p.temperature == 0 for p in params),
             )
-            self._slots = _whole(slots, rest)
+            self._slots = whole_slots(slots, rest)
             chunk: Chunk = jax.device_get(on_device)
             work.update(
+                slots=self._width,
                 kv_len=needed.cache.max_tokens,
                 steps=int(chunk.steps),
                 tokens=int(chunk.sampled.sum()),
                 compiled=self.trace_count - traced,
             )
             if needed.prefixes is not None:
+                work["prefix_rows"] = needed.prefixes.members.shape[0]
                 work["prefix_len"] = needed.prefixes.cache.max_tokens
+        idle = chunk.steps * self._width - chunk.sampled.sum()
+        self._read = needed.cache.max_tokens / self._slots.cache.max_tokens
+        self._wasted += float(idle) / self._devices * self._read
         return chunk
 
     def _collect(self, chunk: Chunk, version: int) -> list[tuple[Request, Completion]]:
@@ -323,14 +364,16 @@ class RolloutEngine:
         tokens, logprobs = chunk.tokens.T.copy(), chunk.logprobs.T.copy()
         for slot, live in list(self._live.items()):
             count = counts[slot]
-            live.tokens.append(tokens[slot, :count])
-            live.logprobs.append(logprobs[slot, :count])
-            live.versions.append(version)
-            live.length += count
+            live.add(tokens[slot, :count], logprobs[slot, :count], version)
             if ended[slot]:
                 self._release(slot)
-                finished.append((live.request, _completion(live)))
+                finished.append((live.request, live.completion()))
         return finished
+
+    @property
+    def _width(self) -> int:
+        """Slots that are decoded now."""
+        return self._slots.positions.shape[0]
 
     @property
     def _has_room(self) -> bool:
@@ -340,41 +383,14 @@ class RolloutEngine:
             return True
         return bool(self._queue) and rows.has_lane(self._queue[0][0].stream)
 
-    def _release(self, slot: int) -> _Live:
+    def _release(self, slot: int) -> Live:
         """Take the sample out of its slot, and out of the row it shares."""
         if self._rows is not None:
             self._rows.leave(slot)
         return self._live.pop(slot)
 
-    def _split_slots(self, steps: int) -> tuple[Slots, tuple[KVCache, KVCache | None]]:
+    def _split_slots(self, steps: int) -> tuple[Slots, Rest]:
         """The slots with as much of the caches as `steps` more tokens of every sequence need, and the rest."""
         alive = self._live.values()
-        needed, rest = split_cache(
-            self._slots.cache, max(live.length - live.start for live in alive) + steps
-        )
-        slots, prefixes = replace(self._slots, cache=needed), self._slots.prefixes
-        if prefixes is None:
-            return slots, (rest, None)
-        shared, unread = split_cache(prefixes.cache, max(1, *(live.start for live in alive)))
-        return replace(slots, prefixes=replace(prefixes, cache=shared)), (rest, unread)
-
-
-def _whole(slots: Slots, rest: tuple[KVCache, KVCache | None]) -> Slots:
-    """Slots whose caches were split, whole again."""
-    slots, unread = replace(slots, cache=join_cache(slots.cache, rest[0])), rest[1]
-    if slots.prefixes is None or unread is None:
-        return slots
-    cache = join_cache(slots.prefixes.cache, unread)
-    return replace(slots, prefixes=replace(slots.prefixes, cache=cache))
-
-
-def _completion(live: _Live) -> Completion:
-    tokens = np.concatenate(live.tokens)
-    stopped = int(tokens[-1]) in live.request.params.stop_ids
-    return Completion(
-        tokens=tokens,
-        sampler_logprobs=np.concatenate(live.logprobs),
-        versions=np.repeat(np.array(live.versions, np.int32), [len(part) for part in live.tokens]),
-        finish=Finish.STOP if stopped else Finish.LENGTH,
-        sample_index=live.sample_index,
-    )
+        own = max(live.length - live.start for live in alive) + steps
+        return split_slots(self._slots, own, max(1, *(live.start for live in alive)))

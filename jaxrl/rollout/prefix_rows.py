@@ -7,9 +7,21 @@ of its own device only, so a prompt may stand in several rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 import numpy as np
 
 from models.rows import PrefixRows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MovedRows:
+    """A table after a move, as arrays of `models.prefixes.Prefixes`."""
+
+    sources: np.ndarray  # [R'] int32, the row that each was; -1: none
+    members: np.ndarray  # [R', C] int32
+    lanes: np.ndarray  # [B'] int32
 
 
 class RowTable:
@@ -17,9 +29,10 @@ class RowTable:
 
     def __init__(self, table: PrefixRows, slots: int, devices: int) -> None:
         """devices: parts of the mesh that slots and rows are split over; divides both."""
+        self._table, self._devices, self._none = table, devices, slots
+        self._most_rows = table.rows
         self.members = np.full((table.rows, table.lanes), slots, np.int32)
         """[R, C] slot in each lane; `slots` where there is none."""
-        self._none = slots
         self._slots_per_device, self._rows_per_device = slots // devices, table.rows // devices
         self._live = np.zeros(table.rows, np.int32)
         self._held: dict[int, int] = {}  # row -> stream, under the weights in use
@@ -48,9 +61,7 @@ class RowTable:
             row, fills = min(map(int, free), key=lambda one: one in self._held), True
             self._give(row, stream)
         column = int(np.flatnonzero(self.members[row] == self._none)[0])
-        self.members[row, column] = slot
-        self._live[row] += 1
-        self._lane_of[slot] = row, column
+        self._sit(slot, row, column)
         return row * self.members.shape[1] + column, fills
 
     def leave(self, slot: int) -> None:
@@ -63,6 +74,34 @@ class RowTable:
         """The weights changed: rows serve the samples that read them, and no new ones."""
         self._held.clear()
         self._rows.clear()
+
+    def moved(self, slots: Mapping[int, int], num_slots: int) -> tuple[RowTable, MovedRows]:
+        """The same readers in a table for another number of slots, which has a row for each at most.
+
+        slots: the new one of every slot that reads a row, on its device. Rows without a reader are forgotten.
+        """
+        rows, lanes = min(self._most_rows, num_slots), self._table.lanes
+        made = RowTable(replace(self._table, rows=rows), num_slots, self._devices)
+        made._most_rows = self._most_rows
+        sources = np.full(rows, -1, np.int32)
+        for device in range(self._devices):
+            first = device * self._rows_per_device
+            read = np.flatnonzero(self._live[first : first + self._rows_per_device]) + first
+            for new, row in enumerate(read.tolist(), device * made._rows_per_device):
+                sources[new] = row
+                if row in self._held:
+                    made._give(new, self._held[row])
+                for column in np.flatnonzero(self.members[row] != self._none).tolist():
+                    made._sit(slots[int(self.members[row, column])], new, column)
+        of_slots = np.zeros(num_slots, np.int32)
+        for slot, (row, column) in made._lane_of.items():
+            of_slots[slot] = row * lanes + column
+        return made, MovedRows(sources=sources, members=made.members.copy(), lanes=of_slots)
+
+    def _sit(self, slot: int, row: int, column: int) -> None:
+        self.members[row, column] = slot
+        self._live[row] += 1
+        self._lane_of[slot] = row, column
 
     def _row_with_room(self, stream: int, device: int) -> int | None:
         lanes = self.members.shape[1]

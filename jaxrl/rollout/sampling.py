@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.attention import DecodeAttention
-from models.cache import KVCache, init_cache, insert_prompts
+from models.cache import KVCache, init_cache, insert_prompts, join_cache, split_cache
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, prefill, recompute, split_layers
 from models.head import head_logits
@@ -314,6 +314,31 @@ def empty_slots(
         stop_ids=jnp.full((num_slots, num_stop_ids), -1, jnp.int32),
         prefixes=rows,
     )
+
+
+Rest = tuple[KVCache, KVCache | None]
+"""What `split_slots` leaves: of the slots' own cache, and of the rows that they share."""
+
+
+def split_slots(slots: Slots, own: int, shared: int) -> tuple[Slots, Rest]:
+    """The slots with as much of the caches as sequences of `own` tokens after prompts of `shared` in the rows
+    need, and the rest. Copies nothing."""
+    needed, rest = split_cache(slots.cache, own)
+    prefixes = slots.prefixes
+    if prefixes is None:
+        return replace(slots, cache=needed), (rest, None)
+    read, unread = split_cache(prefixes.cache, shared)
+    prefixes = replace(prefixes, cache=read)
+    return replace(slots, cache=needed, prefixes=prefixes), (rest, unread)
+
+
+def whole_slots(slots: Slots, rest: Rest) -> Slots:
+    """The inverse of `split_slots`."""
+    slots, unread = replace(slots, cache=join_cache(slots.cache, rest[0])), rest[1]
+    if slots.prefixes is None or unread is None:
+        return slots
+    cache = join_cache(slots.prefixes.cache, unread)
+    return replace(slots, prefixes=replace(slots.prefixes, cache=cache))
 
 
 def slot_shardings(config: ModelConfig, mesh: Mesh, *, shares: bool = False) -> Slots:
