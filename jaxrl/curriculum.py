@@ -71,8 +71,12 @@ class EdgeStream:
         self._lock = threading.Lock()
         self._outcomes: dict[int, Outcomes] = {}
         self._pool: deque[int] = deque()  # unsolved problems, the next to probe first
-        self._drawn: dict[int, int] = {}  # index -> position in the stream, of prompts under way
+        self._drawn: dict[int, int] = {}  # index -> problem, of prompts under way
         self._cursor = 0
+        self._has_edge: bool | None = (
+            None  # some problem is unseen or active; None: to be found out
+        )
+        self._rest: deque[int] = deque()  # taken in turn while none is, until the next step
         self._step = 0
         self._counts = dict.fromkeys(
             ("probes", "probe_samples", "probe_tokens", "probe_cancelled", "promoted", "skipped",
@@ -84,30 +88,45 @@ class EdgeStream:
     def at(self, index: int) -> Prompt:
         """The prompt at position `index` of the run: the next active problem of the stream.
 
-        If a whole epoch has none, the problem of the lowest posterior mean that was ever solved (any,
-        if none was) is taken and counted.
+        If there is none, those that were ever solved are taken in turn, the lowest posterior mean first
+        and each once in a step, then the others; they are counted.
         """
         with self._lock:
             if index not in self._drawn:
-                self._drawn[index] = self._next_position()
-            return replace(self._stream.at(self._drawn[index]), index=index)
+                self._drawn[index] = (
+                    self._next_active() if self._at_edge() else self._next_of_rest()
+                )
+            return self._stream.of_problem(self._drawn[index], index)
 
-    def _next_position(self) -> int:
-        fallback: tuple[bool, float, int] | None = None
-        for position in range(self._cursor, self._cursor + self._stream.num_problems):
+    def _at_edge(self) -> bool:
+        """Some problem is unseen or active; looked up once, until a step or a probe changes it."""
+        if self._has_edge is None:
+            unseen = len(self._outcomes) < self._stream.num_problems
+            self._has_edge = unseen or any(map(self._is_active, self._outcomes))
+        return self._has_edge
+
+    def _is_active(self, problem: int) -> bool:
+        outcomes = self._of(problem)
+        solved = outcomes.pass_mean >= self._settings.max_pass
+        return problem not in self._outcomes or not (outcomes.unsolved or solved)
+
+    def _next_active(self) -> int:
+        whole_epoch = 2 * self._stream.num_problems  # holds one, wherever it begins
+        for position in range(self._cursor, self._cursor + whole_epoch):
             problem = self._stream.at(position).problem.id
-            outcomes = self._of(problem)
-            solved = outcomes.pass_mean >= self._settings.max_pass
-            if problem not in self._outcomes or not (outcomes.unsolved or solved):
+            if self._is_active(problem):
                 self._counts["skipped"] += position - self._cursor
                 self._cursor = position + 1
-                return position
-            candidate = (outcomes.unsolved, outcomes.pass_mean, position)
-            fallback = candidate if fallback is None else min(fallback, candidate)
-        assert fallback is not None  # a stream has problems
+                return problem
+        raise AssertionError("an epoch of the stream has every problem")
+
+    def _next_of_rest(self) -> int:
+        if not self._rest:
+            known = {problem: self._of(problem) for problem in self._outcomes}
+            order = sorted(known, key=lambda p: (known[p].unsolved, known[p].pass_mean, p))
+            self._rest.extend(order)
         self._counts["forced"] += 1
-        self._cursor = max(self._cursor, fallback[2]) + 1
-        return fallback[2]
+        return self._rest.popleft()
 
     def _of(self, problem: int) -> Outcomes:
         known = self._outcomes.get(problem)
@@ -120,7 +139,8 @@ class EdgeStream:
     def observe(self, groups: Sequence[RolloutGroup], step: int) -> None:
         """Learn from all groups sampled for optimizer step `step`, before its tickets are released."""
         with self._lock:
-            self._step = step
+            self._step, self._has_edge = step, None
+            self._rest.clear()
             for group in groups:
                 self._drawn.pop(group.prompt.index, None)
                 correct = sum(rollout.reward.correct for rollout in group.rollouts)
@@ -134,6 +154,7 @@ class EdgeStream:
             self._pool.append(problem)
         elif before.unsolved and not after.unsolved:
             self._pool.remove(problem)
+            self._has_edge = None
 
     def curves(self) -> dict[str, float]:
         """How many problems stand where, and what probes have cost and found so far.
@@ -194,7 +215,8 @@ class EdgeStream:
             return {
                 "cursor": self._cursor,
                 "step": self._step,
-                "drawn": {str(index): position for index, position in self._drawn.items()},
+                "drawn": {str(index): problem for index, problem in self._drawn.items()},
+                "rest": [*self._rest],
                 "outcomes": {
                     str(problem): [o.correct, o.samples, o.step, o.unsolved]
                     for problem, o in self._outcomes.items()
@@ -207,7 +229,8 @@ class EdgeStream:
         """Go on from a saved state."""
         with self._lock:
             self._cursor, self._step = state["cursor"], state["step"]
-            self._drawn = {int(index): position for index, position in state["drawn"].items()}
+            self._drawn = {int(index): problem for index, problem in state["drawn"].items()}
+            self._rest, self._has_edge = deque(state["rest"]), None
             self._outcomes = {
                 int(problem): Outcomes(correct=c, samples=n, step=step, unsolved=unsolved)
                 for problem, (c, n, step, unsolved) in state["outcomes"].items()

@@ -87,6 +87,7 @@ def run(config: Config, argv: Sequence[str], *, dry_run: bool = False) -> None:
     if dry_run:
         return
     _train(config, argv, subject, pairs, steps)
+    print(f"run folder {config.run.dir}; python -m jaxrl.evaluate --run {config.run.dir}")
 
 
 def _train(

@@ -6,6 +6,9 @@ drops a group of eight right answers that differ in their length penalties alone
 
 from __future__ import annotations
 
+import numpy as np
+
+from jaxrl.algorithms.shaping import soft_overlong
 from jaxrl.errors import UserError
 from jaxrl.types import Reward
 
@@ -24,8 +27,8 @@ def soft_length_penalty(num_tokens: int, max_tokens: int, soft_tokens: int) -> f
             f"the length penalty grows over {soft_tokens} tokens; that must lie in 1..{max_tokens}, "
             "the longest completion; usual: a fifth of it"
         )
-    over = num_tokens - (max_tokens - soft_tokens)
-    return -min(max(over / soft_tokens, 0.0), 1.0)
+    penalty = soft_overlong(np.array(num_tokens), longest=max_tokens, buffer=soft_tokens)
+    return float(penalty) + 0.0  # no -0.0 in samples.jsonl
 
 
 def magistral_reward(

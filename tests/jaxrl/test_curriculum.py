@@ -123,6 +123,27 @@ def test_with_nothing_at_the_edge_the_hardest_solved_problem_is_taken_and_counte
     assert source.curves()["curriculum/forced"] == 1
 
 
+def test_with_nothing_at_the_edge_no_problem_is_drawn_twice_in_a_step() -> None:
+    """The solved ones from the hardest on, then the unsolved; a promoted one takes over at once."""
+    source = learnt(stream(max_pass=0.2, probe_slots=4), MIXED)
+    drawn = [source.at(NUM + n).problem.id - 10 for n in range(NUM)]
+    assert drawn == [3, 2, 1, 5, 0, 4]
+    other = stream(max_pass=0.2, probe_slots=4)
+    source.at(2 * NUM)
+    other.restore(json.loads(json.dumps(source.state())))
+    for one in (source, other):  # in the second round, at the second problem
+        assert one.at(2 * NUM + 1).problem.id - 10 == 2
+    source.observe([], 2)
+    assert source.at(2 * NUM + 2).problem.id - 10 == 3
+    assert source.curves()["curriculum/forced"] == NUM + 3
+
+    source = learnt(stream(probe_slots=4), dict.fromkeys(range(NUM), 0))
+    assert source.at(NUM).problem.id - 10 == 0
+    probe = source.next_probe()
+    source.probed(probe, rewards(2, 4), tokens=9)
+    assert {source.at(NUM + 1 + n).problem.id for n in range(3)} == {probe.problem.id}
+
+
 def test_a_restored_stream_goes_on_as_the_saved_one() -> None:
     source = learnt(stream(probe_slots=4), MIXED)
     source.at(NUM)
