@@ -18,6 +18,7 @@ from models.config import ModelConfig
 from models.rows import MAX_SEGMENTS, PrefixRows, scores_at_once
 from roofline.cost import KV_BLOCK_TOKENS, Remat
 from roofline.kernels import FLOAT32_BYTES, Layout, cached_bytes, ceil_div, round_up, shard
+from roofline.moments import Rows, adapted_halves, forward_bytes, scoring_bytes, training_bytes
 from roofline.parameters import held_parameters, trained_parameters
 from roofline.phases import Phase
 
@@ -116,6 +117,9 @@ def program_memory(
             names = ("parameters", "adapter", "gradients", "activations", "working")
         case Phase.OPTIMIZER:
             names = ("adapter", "gradients", "optimizer") if model.lora else of_training
+            if _written_out(layout):
+                every["clipped_gradients"] = every["gradients"]
+                names = (*names, "clipped_gradients")
         case Phase.DECODE:
             names = ("snapshots", "kv_cache", "prefixes", "step_logits", "fused_weights")
         case Phase.SCORE | Phase.REFERENCE:
@@ -151,14 +155,42 @@ def kv_cache_bytes(model: ModelConfig, layout: Layout, slots: int, max_len: int)
 
 
 def _under_way_bytes(model: ModelConfig, layout: Layout) -> int:
-    """The two largest arrays as gathered, their split dimension first: one is laid out as it is wanted while
-    the next one arrives."""
+    """Arrays as gathered, their split dimension first, before they are laid out as wanted: on a GPU the two
+    largest, one laid out while the next one arrives; on a CPU the outer matrices and those that read the
+    width: gate, up, the queries' and the keys'."""
     part, deep = shard(model, layout), model.num_layers
     matrices = [part.vocab] * (1 if model.tied_embeddings else 2)
     experts = max(1, model.num_experts // layout.expert)
-    inside = [part.query, part.ffw * experts, part.ffw * experts]
-    largest = sorted([*matrices, *(deep * size for size in inside)])[-2:]
-    return sum(largest) * part.width * layout.compute_bytes
+    if _written_out(layout):
+        under_way = [*matrices, deep * part.query, deep * part.kv, deep * part.ffw * experts]
+        under_way += [deep * part.ffw * experts] if model.gated_mlp else []
+    else:
+        inside = (part.query, part.ffw * experts, part.ffw * experts)
+        under_way = sorted([*matrices, *(deep * size for size in inside)])[-2:]
+    return sum(under_way) * part.width * layout.compute_bytes
+
+
+def _written_out(layout: Layout) -> bool:
+    """Whether most steps are written out: float32 is what a CPU computes in; bfloat16 a GPU, which fuses."""
+    return layout.compute_bytes == FLOAT32_BYTES
+
+
+def _rows(
+    model: ModelConfig,
+    layout: Layout,
+    rows: int,
+    row_tokens: int,
+    chunk: int,
+    *,
+    prompts: bool = False,
+) -> Rows:
+    """One device's rows; `prompts` share one mask."""
+    local = _local(layout, rows)
+    return Rows(
+        tokens=local * row_tokens, mask_bytes=(1 if prompts else local) * row_tokens**2,
+        scores=_scores(model, layout, rows, row_tokens), logit_tokens=chunk,
+        at_once=rows * model.num_heads * row_tokens**2 <= scores_at_once(layout.attention),
+    )  # fmt: skip
 
 
 def _local(layout: Layout, rows: int) -> int:
@@ -202,33 +234,27 @@ def _training_bytes(
     at last the sum of the head's gradient, as accumulated and laid out anew for it, beside the embedding's
     in the compute type and the layers'. Until then the head's gradient stands beside the layers' backward,
     on CPUs also the gathered matrix and the embedding's gradient."""
+    if _written_out(layout):
+        held = _rows(model, layout, rows, row_tokens, chunk)
+        return training_bytes(model, layout, held, remade=remat == "block")
     part, e = shard(model, layout), layout.compute_bytes
     matrix, tokens = part.vocab * part.width, _local(layout, rows) * row_tokens
-    logits = _logit_arrays(layout, trains=True) * chunk * part.vocab * FLOAT32_BYTES
+    logits = chunk * part.vocab * (FLOAT32_BYTES + e)  # and their gradient
     of_matrix = 0 if model.lora else matrix * FLOAT32_BYTES
     head = _copied_matrix(model, layout) + of_matrix + logits
     head += HIDDEN_ARRAYS * tokens * part.width * e
     if layout.fsdp > 1:
         head += _weight_bytes(model, layout) / 2  # backward's first layer arrives meanwhile
     gradients = trained_parameters(model, layout) * FLOAT32_BYTES
-    written_out = e == FLOAT32_BYTES and layout.devices > 1
-    layer = gradients + _weight_bytes(model, layout) / (2 if written_out else 1)
+    layer = gradients + _weight_bytes(model, layout)
     layer += _backward_bytes(model, layout, rows, row_tokens, remat)
     if layout.devices > 1 and not model.lora:
-        layer += of_matrix + (2 * matrix * e if written_out else 0)
+        layer += of_matrix
     summed = 0.0
     if layout.row_shards > 1 and not model.lora:
         outer = (1 if model.tied_embeddings else 2) * matrix * FLOAT32_BYTES / layout.fsdp
         summed = gradients - outer + 2 * of_matrix + matrix * e
     return float(max(head, layer, summed))
-
-
-def _logit_arrays(layout: Layout, *, trains: bool) -> float:
-    """Arrays of c V' values, in float32s. In bfloat16, where a GPU fuses what follows the product: the
-    logits, and for training their gradient; in float32, where a CPU writes most steps out, more."""
-    if layout.compute_bytes == FLOAT32_BYTES:
-        return 4.5 if trains else 2.0
-    return 1.0 + (layout.compute_bytes / FLOAT32_BYTES if trains else 0.0)
 
 
 def _backward_bytes(
@@ -237,8 +263,6 @@ def _backward_bytes(
     """One layer differentiated: what backward makes again of it, the gradients of its products, and
     the float32 scores of one block of attention."""
     e, tokens = layout.compute_bytes, _local(layout, rows) * row_tokens
-    if e == FLOAT32_BYTES and (layout.devices > 1 or model.lora):
-        return float(tokens * _written_out(model, layout) * e)
     values = BACKWARD_SHARE * _product_values(model, layout)
     if remat == "block":
         values += REMADE_SHARE * _product_values(model, layout)
@@ -247,32 +271,14 @@ def _backward_bytes(
     return tokens * values * e + BACKWARD_SCORES * scores * FLOAT32_BYTES
 
 
-def _written_out(model: ModelConfig, layout: Layout) -> int:
-    """Values of one token that stand in the middle of a layer's backward where a CPU writes every step out,
-    counted in its schedule. On several devices gate and up are one array; it and its gradient stand twice, as
-    they are and as a product reads them. On one device, under an adapter, each half is the sum of two products.
-    """
-    part, halves = shard(model, layout), 2 if model.gated_mlp else 1
-    if layout.devices > 1:
-        units, width, query, kv = 4 * halves, 9, 4, 6
-    else:
-        units, width, query, kv = 2 * halves + 2 * _adapted_halves(model) + 1, 4, 2, 5
-    of_heads = query * part.query + kv * part.kv
-    return units * _hidden_units(model, layout) + width * part.width + of_heads
-
-
-def _adapted_halves(model: ModelConfig) -> int:
-    """Of gate and up, those that an adapter adds a second product to."""
-    targets = model.lora.targets if model.lora else ()
-    return sum(name in targets for name in (("gate", "up") if model.gated_mlp else ("up",)))
-
-
 def _scoring_bytes(
     model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int
 ) -> float:
     """What comes and goes in a forward pass: one chunk of logits, or the inside of one layer."""
+    if _written_out(layout):
+        return scoring_bytes(model, layout, _rows(model, layout, rows, row_tokens, chunk))
     part = shard(model, layout)
-    logits = _logit_arrays(layout, trains=False) * chunk * part.vocab * FLOAT32_BYTES
+    logits = chunk * part.vocab * FLOAT32_BYTES
     hidden = _local(layout, rows) * row_tokens * part.width * layout.compute_bytes
     head = _copied_matrix(model, layout) + logits + hidden
     return float(max(head, _forward_bytes(model, layout, rows, row_tokens)))
@@ -282,7 +288,9 @@ def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: in
     """The inside of one layer, with its input and the residual, beside the copy of the embedding: the
     MLP's halves, what an adapter adds to them, and their product; the halves and the gathered weights; or
     the queries (also rotated), keys, values, heads and scores of attention."""
-    part, halves = shard(model, layout), (2 if model.gated_mlp else 1) + _adapted_halves(model)
+    if _written_out(layout):
+        return forward_bytes(model, layout, _rows(model, layout, rows, row_tokens, 0, prompts=True))
+    part, halves = shard(model, layout), (2 if model.gated_mlp else 1) + adapted_halves(model)
     of_tokens = _local(layout, rows) * row_tokens * layout.compute_bytes
     units = _hidden_units(model, layout) * of_tokens
     gathered = _weight_bytes(model, layout) / 2 if layout.fsdp > 1 else 0.0
