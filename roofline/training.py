@@ -52,7 +52,7 @@ statistic of all rows, used for intervals only; no prediction depends on it."""
 TRAINING_FACTORS = (
     Factor(
         name="kernels",
-        parts=frozenset({"products", "attention", "passes", "loss", "optimizer"}),
+        parts=frozenset({"products", "attention", "passes", "casts", "loss", "optimizer"}),
         spread=0.05,
     ),
     Factor(name="attention", parts=frozenset({"attention"}), spread=0.1),
@@ -99,6 +99,8 @@ class Framework:
     logit_bytes: int = 12
     """Passes over the logits, per logit: 12 where the loss is fused, in float32. Eager PyTorch: 44
     (cast 6, log-softmax 12, its gradient's zeros 4, log-softmax backward 16, cast back 6)."""
+    recomputes_last: bool = True
+    """Whether recomputing a layer repeats also its last product, whose result nothing keeps."""
     shard_gradients: bool = False
     """Gradients and optimizer state are sharded over data, parameters gathered once per step."""
 
@@ -160,6 +162,7 @@ def train_step(
         "products": layers * layer.products() + micro_batches * head_products,
         "attention": layers * layer.attention(),
         "passes": layers * layer.passes(),
+        "casts": layers * layer.casts(),
         "loss": micro_batches * head_passes,
     }
     held = _held(model, parallel)
@@ -215,6 +218,8 @@ class _Layer:
         ):
             forward = self._product(m, n, k)
             total += (1 + self._again) * forward + self._product(m, k, n) + self._product(k, n, m)
+        if self._again and not self.framework.recomputes_last:
+            total -= self._product(m, model.width, ffw)
         return total
 
     def _product(self, m: int, n: int, k: int) -> float:
@@ -239,16 +244,18 @@ class _Layer:
 
     def passes(self) -> float:
         """Norms, rotary encoding, activation, residuals: ten widths and four inner sizes of 16-bit
-        values forward, twice that backward; with fp8 also casts and
-        transposed copies of every operand."""
-        tensor = self.parallel.tensor
-        inner = (4 if self.model.gated_mlp else 2) * self.model.ffw_size / tensor
+        values forward, twice that backward."""
+        inner = (4 if self.model.gated_mlp else 2) * self.model.ffw_size / self.parallel.tensor
         values = self._tokens * (10 * self.model.width + inner)
-        moved = 2.0 * values * (3 + self._again)
-        if self.step.dtype == "fp8":
-            operands = self._tokens * (3 * self.model.width + self.model.ffw_size / tensor)
-            moved += 5.0 * operands * (3 + self._again)
-        return self.device.pass_s(moved)
+        return self.device.pass_s(2.0 * values * (3 + self._again))
+
+    def casts(self) -> float:
+        """With fp8: casts and transposed copies of every operand, kernels of Transformer Engine beside
+        its products, however the trainer fuses its own passes."""
+        if self.step.dtype != "fp8":
+            return 0.0
+        operands = 3 * self.model.width + self.model.ffw_size / self.parallel.tensor
+        return self.device.pass_s(5.0 * self._tokens * operands * (3 + self._again))
 
     def head(self) -> tuple[float, float]:
         """Products and passes of the logits, forward and backward, of one micro-batch."""

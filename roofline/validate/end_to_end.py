@@ -29,9 +29,11 @@ from roofline.validate.kinds import Kind, Predictor, Row
 
 Estimator = Callable[[Row], Estimate | None]
 
-EAGER_FSDP = Framework(attention="flash1", exposed_gathers=1.0)
+EAGER_FSDP = Framework(attention="flash1", exposed_gathers=1.0, recomputes_last=False)
 """MosaicML's MPT on PyTorch FSDP: Triton port of the first FlashAttention, no
-compiled overlap; the loss is fused."""
+compiled overlap; the loss is fused. Its configurations set activation_checkpointing_reentrant: false, and
+PyTorch's checkpoint without re-entry stops once everything that backward needs is there
+(torch.utils.checkpoint, set_checkpoint_early_stop): the layer's last product is not repeated."""
 EAGER_FSDP2 = Framework(exposed_gathers=1.0, logit_bytes=44)
 """PyTorch FSDP2 with the device's own FlashAttention."""
 MEGATRON_2022 = Framework(
