@@ -46,8 +46,9 @@ ATTENDED = Moment(width=1, query=2, kv=3, scores=2, mlp=3, attention=1)
 """Forward: scores become weights, and the rest of the layer is cut out already."""
 ATTENDED_AT_ONCE = Moment(width=1, query=1, kv=1, scores=2, masks=1, mlp=3, attention=1)
 """The same where all queries are one block: nothing was cut into blocks."""
-PROJECTED = Moment(width=1, query=4, kv=4, mlp=3, attention=2)
-"""Forward: queries, keys and values as one product, taken apart, normalised and rotated."""
+PROJECTED = Moment(width=1, query=3, kv=4, mlp=3, attention=2)
+"""Forward: queries, keys and values as one product, taken apart and normalised; some schedules hold the
+rotated queries as well."""
 SCORES_BACK = Moment(width=4, query=5, kv=8, scores=3, attention=1)
 """Backward: scores, their weights and the weights' gradient."""
 SCORES_BACK_BESIDE = Moment(width=4, query=5, kv=8, scores=3, mlp=3, attention=2)
