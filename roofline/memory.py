@@ -81,7 +81,8 @@ def memory_per_device(
         sizes["kv_cache"] = kv_cache_bytes(model, layout, slots, max_len)
         if prefixes is not None:
             sizes["prefixes"] = kv_cache_bytes(model, layout, prefixes.rows, prefixes.tokens)
-        sizes["step_logits"] = 2 * _local(layout, slots) * model.vocab_size * FLOAT32_BYTES
+        vocab = shard(model, layout).vocab
+        sizes["step_logits"] = 2 * _local(layout, slots) * vocab * FLOAT32_BYTES
         sizes["fused_weights"] = _matrix_bytes(model, layout)
     return {name: round(size) for name, size in sizes.items()}
 
@@ -130,7 +131,7 @@ def program_memory(
             kv = 2 * shard(model, layout).kv * layout.kv_bytes
             every["prompt_cache"] = model.num_layers * tokens * kv
             every["layer"] = round(_forward_bytes(model, layout, rows, row_tokens))
-            every["layer"] += tokens * kv
+            every["layer"] += 0 if _written_out(layout) else tokens * kv
             every["keys_laid_out"] = every["prompt_cache"] // 2
             names = ("snapshots", "prompt_cache", "layer", "keys_laid_out")
         case Phase.PUBLISH:
