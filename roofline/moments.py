@@ -48,9 +48,9 @@ ATTENDED_AT_ONCE = Moment(width=1, query=1, kv=1, scores=2, masks=1, mlp=3, atte
 """The same where all queries are one block: nothing was cut into blocks."""
 PROJECTED = Moment(width=2, query=1, kv=2, mlp=3, attention=2)
 """Forward: queries, keys and values as one product of the layer's normalised input."""
-PROJECTED_GATHERED = Moment(width=1, query=3, kv=4, mlp=3, attention=2)
-"""The same where weights are gathered: taken apart and normalised already when the MLP's have arrived; some
-schedules hold the rotated queries as well."""
+PROJECTED_WHOLE = Moment(width=1, query=3, kv=4, mlp=3, attention=2)
+"""The same where blocks of queries follow: taken apart and normalised, before they are cut; some schedules
+hold the rotated queries as well."""
 SCORES_BACK = Moment(width=4, query=5, kv=8, scores=3, attention=1)
 """Backward: scores, their weights and the weights' gradient."""
 SCORES_BACK_BESIDE = Moment(width=4, query=5, kv=8, scores=3, mlp=3, attention=2)
@@ -156,7 +156,7 @@ def forward_bytes(model: ModelConfig, layout: Layout, rows: Rows) -> float:
     """Most that stands inside a layer of forward."""
     hidden = replace(HIDDEN, units=HIDDEN.units + adapted_halves(model))
     attended = ATTENDED_AT_ONCE if rows.at_once else ATTENDED
-    projected = PROJECTED_GATHERED if layout.fsdp > 1 else PROJECTED
+    projected = PROJECTED if rows.at_once else PROJECTED_WHOLE
     beside = (HALVES, projected) if layout.devices > 1 else ()
     return _largest(model, layout, rows, (hidden, attended, *beside))
 

@@ -69,7 +69,6 @@ def probes(
         make.decode(quarter, w.kv_len),
         make.train(half_rows, half_tokens),
         make.score(half_rows, half_tokens),
-        make.prefill(quarter, w.kv_len),
         make.train(max(1, w.rows // 4), w.row_tokens),
         make.score(max(1, w.rows // 4), w.row_tokens),
         make.decode(max(1, w.slots // 2), max(2, 3 * w.kv_len // 4), held_out=True),
