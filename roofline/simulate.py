@@ -69,6 +69,8 @@ def scaled_split(job: Job, hardware: Hardware, devices: int) -> tuple[Job, Split
     What 10,000 GPUs do is what one node does, side by side, but for the collectives, which leave
     the node. Raises: ValueError: a node holds nothing, or the nodes are not whole.
     """
+    if devices < 1:
+        raise ValueError(f"--devices={devices} must be at least 1")
     node = min(devices, hardware.node_devices)
     nodes = devices // node
     if devices % node:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from roofline.events import Mode, Pipeline, simulate
 from roofline.lengths import Lengths, lognormal, measured
+from roofline.simulate import main
 
 EXACT = 1e-9  # deterministic cases: only sums of floats in another order
 SAMPLING = 0.03  # means over about 40 steps of random lengths
@@ -215,3 +216,10 @@ def test_lengths_of_a_run_are_read_and_a_torn_line_is_left_out(tmp_path: Path) -
         measured(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="at least one"):
         Lengths(tokens=np.zeros(0, np.int64), source="nothing")
+
+
+def test_a_simulation_without_devices_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", "quickstart", "--devices", "0"])
+    assert ended.value.code == 2
+    assert "--devices=0 must be at least 1" in capsys.readouterr().err
