@@ -2,7 +2,7 @@
 
 Every system runs in a process of its own, loads the same random checkpoint and gets the same prompts
 and lengths. All processes are started, warmed up and compiled first; then, round after round, each
-measures once while the others wait. The order turns by one per round. Two scenarios:
+measures once while the others wait, after a pause. The order turns by one per round. Two scenarios:
 
     fixed   P prompts x G samples, 32 + 64 tokens each: rollout tokens/s, seconds of a train step
     tail    P x G completions whose longest is 10 times the median: useful tokens/s
@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,9 @@ AMOUNTS = {
 }
 """By size; the command line wins."""
 PROMPT_SEED, TAIL_SEED = 0, 1
+SETTLE_S = 1.0
+"""Pause before each measurement: OpenMP's threads spin for 0.2 s after a system's last product
+(KMP_BLOCKTIME of the LLVM and Intel runtimes), and would take a core from the next system."""
 
 
 @dataclass(kw_only=True)
@@ -269,6 +273,7 @@ def measure(
         for position in range(len(workers)):
             worker = workers[(n + position) % len(workers)]
             for scenario in options.scenarios:
+                time.sleep(SETTLE_S)
                 answer = checked(worker, scenario, workload)
                 records.append({"round": n, "system": worker.name, "scenario": scenario, **answer})
         records += [
