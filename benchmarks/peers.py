@@ -59,7 +59,9 @@ class Amount:
 AMOUNTS = {
     "tiny": Amount(prompts=32, group=8, tail_slots=64, microbatch=64),
     "3m": Amount(prompts=32, group=8, tail_slots=64, microbatch=64),
-    "20m": Amount(prompts=8, group=8, tail_slots=16, microbatch=16, rounds=5, warmup=1),
+    "20m": Amount(
+        prompts=8, group=8, tail_slots=16, microbatch=16, jaxrl_microbatch=16, rounds=5, warmup=1
+    ),
     "80m": Amount(
         prompts=4, group=4, tail_slots=8, microbatch=8, jaxrl_microbatch=4, rounds=3, warmup=1
     ),
