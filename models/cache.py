@@ -5,19 +5,20 @@ Layout, per layer and segment of s tokens, for decode attention by
                    values [B, K, s, H]. Both products of decode attention are then batched [G, .] x [., at
                    most 64] matrix products that read the cache front to back once; a wider right side or the
                    other order costs three to four times as much on CPU
-    xla            keys and values [B, K, s, H]
-    cudnn, pallas  the same in one segment: these kernels stop at a slot's own position
-Layers and segments are separate arrays: a slice of a larger array would be copied in every decode step, so
-decode is given the first segments alone, as many as the longest live sequence needs. A slot's entries past
-its own position hold leftovers; they are overwritten before they can be seen. Numbers of 8 bits stand beside
-a scale per head and token (`models.stored`): quantised when written, used in attention as they are.
+    xla            keys and values [B, K, S, H] in one segment, of which products read a prefix: a GPU's
+                   kernels slice their operand as they read, and one array needs one kernel per use
+    cudnn, pallas  the same: these kernels stop at a slot's own position
+Layers and segments are separate arrays: on a CPU a slice of a larger array would be copied in every decode
+step, so decode is given the first segments alone, as many as the longest live sequence needs. A slot's entries
+past its own position hold leftovers; they are overwritten before they can be seen. Numbers of 8 bits stand
+beside a scale per head and token (`models.stored`): quantised when written, used in attention as they are.
 Letters: B slots, S cached tokens, L layers, J segments, K kv heads, H head size, P prompts, T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from models.stored import Scaled, Stored, dtype_of, is_scaled, num_tokens, scale
 KEY_BLOCK = 32
 """Tokens per block of keys [tokens]; the capacity of a cache is a multiple of it."""
 SEGMENTS = 4
-"""Most segments of a cache: attention reads one of so many prefixes."""
+"""Prefixes of a cache of which attention reads one: it has at most as many segments, or one array."""
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +41,8 @@ class KVCache:
 
     keys: Any  # L x J x Stored [B, K, s/KEY_BLOCK, H, KEY_BLOCK] or [B, K, s, H]
     values: Any  # L x J x Stored [B, K, s, H]
+    prefix: int | None = field(default=None, metadata={"static": True})
+    """Tokens of the only segment that products read; None: all segments, or a kernel that stops by itself."""
 
     @property
     def segments(self) -> tuple[int, ...]:
@@ -48,8 +51,8 @@ class KVCache:
 
     @property
     def max_tokens(self) -> int:
-        """S, the tokens a slot has room for."""
-        return sum(self.segments)
+        """S, the tokens that a slot has room for, or that are read of it."""
+        return sum(self.segments) if self.prefix is None else self.prefix
 
 
 def _round_up(tokens: int, multiple: int) -> int:
@@ -71,7 +74,7 @@ def init_cache(
     """An empty cache for `slots` slots of at least `max_tokens` tokens (rounded up to KEY_BLOCK), laid out
     for decode attention by `attention`; dtype int8 or float8_e4m3fn: with scales."""
     lead, h = (slots, config.num_kv_heads), config.head_size
-    sizes = segment_sizes(max_tokens, SEGMENTS if attention in ("blocks", "xla") else 1)
+    sizes = segment_sizes(max_tokens, SEGMENTS if attention == "blocks" else 1)
 
     def zeros(size: int, shape: tuple[int, ...]) -> Stored:
         numbers = jnp.zeros((*lead, *shape), dtype)
@@ -85,6 +88,7 @@ def init_cache(
     return KVCache(
         keys=tuple(tuple(zeros(size, key_shape(size)) for size in sizes) for _ in layers),
         values=tuple(tuple(zeros(size, (size, h)) for size in sizes) for _ in layers),
+        prefix=sizes[0] if attention == "xla" else None,
     )
 
 
@@ -197,9 +201,9 @@ def _replace_start(
             written.append(jax.tree.map(write, segment, part) if reached else segment)
         return tuple(written)
 
-    return KVCache(
-        keys=tuple(map(layer, cache.keys, keys)), values=tuple(map(layer, cache.values, values))
-    )
+    return replace(
+        cache, keys=tuple(map(layer, cache.keys, keys)), values=tuple(map(layer, cache.values, values))
+    )  # fmt: skip
 
 
 def num_tokens_of(part: Stored) -> int:
@@ -208,15 +212,20 @@ def num_tokens_of(part: Stored) -> int:
 
 
 def split_cache(cache: KVCache, tokens: int) -> tuple[KVCache, KVCache]:
-    """The first segments, enough for `tokens` tokens (at most all), and the others. Copies nothing.
+    """The first segments, enough for `tokens` tokens (at most all), and the others; of a cache in one array
+    all of it, to be read so far, and nothing. Copies nothing.
 
     Decode reads all of the cache it is given: a caller whose longest sequence stays below `tokens`
     gives it the first part, and joins both after.
     """
+    sizes = cache.segments if cache.prefix is None else segment_sizes(cache.segments[0])
     count, held = 0, 0
-    while held < tokens and count < len(cache.segments):
-        held += cache.segments[count]
+    while held < tokens and count < len(sizes):
+        held += sizes[count]
         count += 1
+    if cache.prefix is not None:
+        nothing = tuple(() for _ in cache.keys)
+        return replace(cache, prefix=held), KVCache(keys=nothing, values=nothing)
     first = KVCache(
         keys=tuple(layer[:count] for layer in cache.keys),
         values=tuple(layer[:count] for layer in cache.values),
@@ -230,7 +239,16 @@ def split_cache(cache: KVCache, tokens: int) -> tuple[KVCache, KVCache]:
 
 def join_cache(first: KVCache, rest: KVCache) -> KVCache:
     """The inverse of `split_cache`."""
+    if first.prefix is not None:
+        return replace(first, prefix=first.segments[0])
     return KVCache(
         keys=tuple(map(tuple.__add__, first.keys, rest.keys)),
         values=tuple(map(tuple.__add__, first.values, rest.values)),
     )
+
+
+def read_of(layer: tuple[Stored, ...], prefix: int | None) -> tuple[Stored, ...]:
+    """One layer's segments of keys or values, of the only one the first `prefix` tokens (None: all)."""
+    if prefix is None:
+        return layer
+    return tuple(jax.tree.map(lambda x: x[:, :, :prefix], held) for held in layer)

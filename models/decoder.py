@@ -9,7 +9,7 @@ heads per kv head, H head size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from models.attention import (
     cached_attention,
     saves_attention,
 )
-from models.cache import KEY_BLOCK, KVCache, replace_start, write_token
+from models.cache import KEY_BLOCK, KVCache, read_of, replace_start, write_token
 from models.config import ModelConfig
 from models.lora import (
     AdaptedDecoder,
@@ -284,13 +284,14 @@ def decode_step(
         rotation = None if i in config.no_rope_layers else tables
         q, k, v = _project(layer, config, x, rotation)
         all_keys[i], all_values[i] = write_token(all_keys[i], all_values[i], k, v, own)
+        keys, values = (read_of(held[i], cache.prefix) for held in (all_keys, all_values))
         if prefixes is None:
-            heads = cached_attention(q, all_keys[i], all_values[i], own, attention)
+            heads = cached_attention(q, keys, values, own, attention)
         else:
-            heads = prefixed_attention(q, prefixes, i, all_keys[i], all_values[i], own)
+            heads = prefixed_attention(q, prefixes, i, keys, values, own)
         x = _after_attention(layer, config, x, heads)
     hidden = block.rms_norm(x, policy.final_norm, config.norm_eps)
-    return hidden, KVCache(keys=tuple(all_keys), values=tuple(all_values))
+    return hidden, replace(cache, keys=tuple(all_keys), values=tuple(all_values))
 
 
 def _embed(policy: Policy, tokens: jax.Array, dtype: Any) -> jax.Array:

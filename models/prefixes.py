@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from models.attention import DecodeAttention, Partial, joined, partial_attention
 from models.attention_kernels import on_each_device
-from models.cache import KVCache, init_cache, insert_prompts, replace_start
+from models.cache import KVCache, init_cache, insert_prompts, read_of, replace_start
 from models.config import ModelConfig
 from models.rows import PrefixRows
 from models.stored import Stored, num_tokens
@@ -73,7 +73,8 @@ def prefixed_attention(
     with jax.named_scope("cached_attention"):
         seen = jnp.arange(sum(map(num_tokens, values)))[None, :] <= own[:, None]
         alone = partial_attention(q, keys, values, seen)
-        of_rows = prefixes.cache.keys[layer], prefixes.cache.values[layer]
+        rows = prefixes.cache
+        of_rows = (read_of(held[layer], rows.prefix) for held in (rows.keys, rows.values))
         tables = (prefixes.members, prefixes.lanes, prefixes.lengths)
         shared: Any = on_each_device(_over_rows, (q, *of_rows), tables, head_dim=1)
         return joined(alone, shared).astype(q.dtype)

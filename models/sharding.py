@@ -18,7 +18,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.activations import ROW_AXES
-from models.cache import KVCache
 from models.config import ModelConfig
 from models.decoder import Decoder, abstract_decoder
 from models.lora import AdaptedDecoder, Adapter, adapter_table, init_adapter, merged
@@ -156,12 +155,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def cache_shardings(config: ModelConfig, mesh: Mesh) -> KVCache:
-    """One NamedSharding for all keys and one for all values: slots over data and fsdp, kv heads over
-    tensor. A tree prefix of a KVCache with any number of segments.
+def cache_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """One NamedSharding for all keys and values: slots over data and fsdp, kv heads over tensor. A tree
+    prefix of any KVCache.
 
     Raises: ValueError when the tensor axis does not divide the kv heads.
     """
     heads = _mesh_axis("cache", "kv_heads", config.num_kv_heads, mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES, heads))
-    return KVCache(keys=sharding, values=sharding)
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES, heads))

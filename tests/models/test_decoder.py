@@ -72,7 +72,8 @@ def full(policy, tokens, dtype=F32, at=None):
 @partial(jax.jit, static_argnames=("lengths", "slots", "dtype"))
 def decode_from(policy, tokens, cache, *, lengths, slots, dtype=F32):
     """Feed row b's tokens from position lengths[b] - 1 on into slots[b]; hidden [B, steps, D]."""
-    num_slots, rows, slots = cache.values[0][0].shape[0], np.arange(len(slots)), np.asarray(slots)
+    num_slots = jax.tree.leaves(cache)[0].shape[0]
+    rows, slots = np.arange(len(slots)), np.asarray(slots)
     layers = split_layers(policy)
 
     def step(cache, i):
@@ -142,6 +143,32 @@ def test_the_first_segments_alone_decode_the_same_and_join_back():
     whole = join_cache(part, rest)
     assert jax.tree.structure(whole) == jax.tree.structure(cache)
     assert all(bool(jnp.all(x == 7.0)) for x in (*whole.keys[0][1:], *whole.values[0][1:]))
+
+
+@pytest.mark.parametrize("dtype", [F32, jnp.int8])
+def test_a_prefix_of_one_array_decodes_as_the_same_prefix_of_segments(dtype):
+    policy, tokens = make(TINY), tokens_of(2, 20)
+    keys, values = prefilled(policy, tokens[:, :4], dtype=F32)
+    found = {}
+    for program in ("blocks", "xla"):
+        cache = init_cache(TINY, 2, 3 * KEY_BLOCK, dtype, program)
+        cache = insert_prompts(cache, keys, values, jnp.arange(2), jnp.arange(2))
+        part, rest = split_cache(cache, 20)
+        assert part.max_tokens == KEY_BLOCK
+        assert cache.max_tokens == 3 * KEY_BLOCK
+        decoded, part = decode_from(policy, tokens, part, lengths=(4, 4), slots=(0, 1))
+        whole = join_cache(part, rest)
+        assert jax.tree.structure(whole) == jax.tree.structure(cache)
+        found[program] = decoded
+    np.testing.assert_allclose(found["xla"], found["blocks"], atol=F32_ATOL)
+
+
+def test_products_over_a_prefix_of_one_array_do_not_see_what_follows():
+    policy, tokens = make(TINY), tokens_of(2, 20)
+    cache = init_cache(TINY, 2, 3 * KEY_BLOCK, F32, "xla")
+    part, _ = split_cache(jax.tree.map(lambda x: x.at[:, :, KEY_BLOCK:].set(jnp.nan), cache), 20)
+    decoded, _ = decode_from(policy, tokens, part, lengths=(1, 1), slots=(0, 1))
+    np.testing.assert_allclose(decoded, full(policy, tokens), atol=F32_ATOL)
 
 
 def test_a_prompt_may_enter_several_slots_and_padding_slots_are_dropped():
