@@ -10,14 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu.cases import GPU
-from benchmarks.gpu.report import foot, models, peer_rows, targets
+from benchmarks.gpu.report import attention_table, foot, models, peer_rows, targets
 from benchmarks.gpu.store import load_results
 from jaxrl.attention import TABLE
 
@@ -42,32 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options.attention.write_text(json.dumps(programs, indent=1) + "\n", encoding="utf-8")
     made = "\n".join(block(content) for content in newest.values())
     record.put_into_readme(START, END, made, options.readme)
-
-
-def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Median seconds of each program of attention, by device kind and shape, of the first model measured: what
-    `jaxrl.attention.fastest` reads. Cases in the compute dtype alone; train with recomputation."""
-    model = next(iter(GPU.models))
-    cases = [
-        case for case in GPU.cases()
-        if case.model == model and not case.cache_dtype and not case.shares
-        and (case.kind == "decode" or (case.kind == "train" and case.remat == "block"))
-    ]  # fmt: skip
-    table: dict[str, list[dict[str, Any]]] = {}
-    for content in results:
-        seconds: defaultdict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
-        for case in cases:
-            result = content["results"].get(case.name, {})
-            if result.get("status") == "done":
-                shape = (case.kind, case.rows, case.tokens)
-                seconds[shape][case.attention or "xla"] = result["measured_s"]["median"]
-        made = content["provenance"]
-        table[made.get("seen", {}).get("device", made["device"])] = [
-            {"phase": kind, "rows": rows, "tokens": tokens, "seconds": found}
-            for (kind, rows, tokens), found in seconds.items()
-            if len(found) > 1
-        ]
-    return table
 
 
 def block(content: Mapping[str, Any]) -> str:

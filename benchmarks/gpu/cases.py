@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from models.config import ModelConfig
 from roofline.cost import Remat
@@ -18,7 +18,7 @@ Kind = Literal[
     "peers",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
-Peer = Literal["", "generate", "generate-static", "train"]
+Peer = Literal["", "generate", "generate-static", "train", "train-compiled"]
 
 WARM_UPS, MIN_ROUNDS, MAX_ROUNDS = 2, 5, 100
 """Calls before the timed ones (the first compiles), and how many are timed: a case's median is over them."""
@@ -40,8 +40,8 @@ class Case:
     peer: Peer = ""
     """peers: what transformers and PyTorch do."""
     attention: str = ""
-    """decode, prefill, score, train: the program of attention (`models.attention`); empty: xla, and in
-    decode on a CPU blocks. Whole steps (rollout, grpo) take what model.attention=auto would."""
+    """decode, prefill, score, train: the program of attention (`models.attention`); empty: what auto takes
+    on a device without measurements. Whole steps (rollout, grpo) take the fastest one measured so far."""
     cache_dtype: str = ""
     """decode: type of the cache as rollout.cache_dtype names it; empty: the compute dtype."""
     shares: bool = False
@@ -108,14 +108,15 @@ class Scale:
     name: Literal["gpu", "tiny"]
     models: Mapping[str, ModelConfig]
     dtype: Literal["bfloat16", "float32"]
+    decode_first: tuple[tuple[int, int], ...]
+    """(slots, tokens a slot has room for) of the figures to reach, measured with every program of attention."""
     decode: tuple[tuple[int, int], ...]
-    """(slots, tokens a slot has room for), the smaller memory first."""
-    decode_variants: tuple[tuple[int, int], ...]
-    """Shapes at which every other program of decode attention is measured too; the first for all models, the
-    others for the first model alone."""
+    """The other shapes, the smaller memory first."""
     decode_programs: tuple[str, ...]
+    """Programs besides the one that a device without measurements takes."""
+    decode_long: tuple[int, int]
+    """Shape at which the first model is measured with every program and every type of the cache."""
     cache_dtypes: tuple[str, ...]
-    """Measured at the last shape of decode_variants that a model has."""
     row_programs: tuple[str, ...]
     """Other programs of attention in prefill and, at the largest packed shape, scoring and training with
     recomputation."""
@@ -134,8 +135,12 @@ class Scale:
     """Time spent on the repeats of a case [s]; at least MIN_ROUNDS are made."""
     calibration_s: float
     """Budget of one model's calibration [s]."""
-    static_peer: bool
-    """Also measure transformers with a static cache, which it compiles (minutes)."""
+    compiled_peers: bool
+    """Also measure transformers with a static cache, which it compiles, and a compiled training step."""
+    first_s: float
+    """A case begins only if as much time is left as the longest of its kind took; this, while none has [s]."""
+    longest_s: float
+    """A case that takes longer has failed: its process ends and the others go on [s]."""
 
     def workload(self) -> Workload:
         """Shapes that calibration measures at."""
@@ -147,61 +152,72 @@ class Scale:
         )  # fmt: skip
 
     def cases(self) -> list[Case]:
-        """All cases, in the order in which they are run."""
-        return [case for model in self.models for case in self._cases_of(model)]
+        """All cases, in the order in which they are run: of every model first what the figures to reach ask
+        for, so that a short time on a device tells most."""
+        first = [case for model in self.models for case in self._first_of(model)]
+        return first + [case for model in self.models for case in self._more_of(model)]
 
-    def _decode_variants_of(self, model: str) -> list[Case]:
-        shapes = (
-            self.decode_variants if model == next(iter(self.models)) else self.decode_variants[:1]
-        )
-        cases = [
-            Case(kind="decode", model=model, rows=b, tokens=s, attention=name)
-            for b, s in shapes
-            for name in self.decode_programs
+    def _first_of(self, model: str) -> list[Case]:
+        rows, tokens = self.packed[-1]
+        cases = [Case(kind="calibrate", model=model)]
+        cases += [
+            Case(kind="decode", model=model, rows=b, tokens=s, attention=program)
+            for b, s in self.decode_first
+            for program in ("", *self.decode_programs)
         ]
         cases += [
-            Case(kind="decode", model=model, rows=b, tokens=s, shares=True)
-            for b, s in shapes
-            if b > 1
+            Case(kind="train", model=model, rows=rows, tokens=tokens, remat=remat)
+            for remat in ("block", "none")
         ]
-        b, s = shapes[-1]
-        return cases + [
-            Case(kind="decode", model=model, rows=b, tokens=s, cache_dtype=name)
-            for name in self.cache_dtypes
-        ]
-
-    def _cases_of(self, model: str) -> list[Case]:
-        cases = [Case(kind="calibrate", model=model)]
-        cases += [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode]
-        cases += self._decode_variants_of(model)
-        for remat in ("block", "none"):
-            cases += [
-                Case(kind="train", model=model, rows=b, tokens=t, remat=remat)
-                for b, t in self.packed
+        cases += [Case(kind="optimizer", model=model), Case(kind="publish", model=model)]
+        cases += [Case(kind="prefill", model=model, rows=b, tokens=t) for b, t in self.prefill]
+        cases += [Case(kind="score", model=model, rows=rows, tokens=tokens)]
+        cases += [Case(kind="rollout", model=model)]
+        peers: list[tuple[Peer, Remat]] = [("train", "none"), ("train", "block")]
+        cases += [Case(kind="peers", model=model, peer="generate")]
+        cases += [
+            Case(kind="peers", model=model, peer=peer, rows=rows, tokens=tokens, remat=remat)
+            for peer, remat in [
+                *peers,
+                *([("train-compiled", "none")] if self.compiled_peers else []),
             ]
-        rows, tokens = self.packed[-1]
+        ]
+        return cases + [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
+
+    def _more_of(self, model: str) -> list[Case]:
+        cases = [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode]
+        cases += self._decode_variants_of(model)
+        (rows, tokens), packed = self.packed[-1], self.packed[:-1]
+        cases += [
+            Case(kind="train", model=model, rows=b, tokens=t, remat=remat)
+            for b, t in packed
+            for remat in ("block", "none")
+        ]
         cases += [
             Case(kind="train", model=model, rows=rows, tokens=tokens, remat="block", attention=name)
             for name in self.row_programs
         ]
-        cases.append(Case(kind="rollout", model=model))
-        cases.append(Case(kind="peers", model=model, peer="generate"))
-        cases += [
-            Case(kind="peers", model=model, peer="train", rows=rows, tokens=tokens, remat=remat)
-            for remat in ("none", "block")
-        ]
-        cases += [Case(kind="prefill", model=model, rows=b, tokens=t) for b, t in self.prefill]
-        cases += [Case(kind="score", model=model, rows=b, tokens=t) for b, t in self.packed]
+        cases += [Case(kind="score", model=model, rows=b, tokens=t) for b, t in packed]
         cases += [
             Case(kind=kind, model=model, rows=b, tokens=t, attention=name)
             for kind, shapes in (("prefill", self.prefill), ("score", self.packed[-1:]))
             for b, t in shapes
             for name in self.row_programs
         ]
-        cases += [Case(kind="optimizer", model=model), Case(kind="publish", model=model)]
-        cases += [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
-        if self.static_peer:
+        if self.compiled_peers:
             cases.append(Case(kind="peers", model=model, peer="generate-static"))
+        return cases
+
+    def _decode_variants_of(self, model: str) -> list[Case]:
+        def decode(shape: tuple[int, int], **more: Any) -> Case:
+            return Case(kind="decode", model=model, rows=shape[0], tokens=shape[1], **more)
+
+        cases = [decode(self.decode_first[0], shares=True)]
+        if model == next(iter(self.models)):
+            long = self.decode_long
+            cases += [decode(long, attention=name) for name in self.decode_programs]
+            cases += [decode(long, shares=True)]
+            cases += [decode(long, cache_dtype=name) for name in self.cache_dtypes]
         return cases
 
 
@@ -218,11 +234,12 @@ GPU = Scale(
     name="gpu",
     models={"qwen3-0.6b": _qwen3(1024, 3072), "qwen3-1.7b": _qwen3(2048, 6144)},
     dtype="bfloat16",
-    decode=((1, 512), (1, 2048), (64, 512), (64, 2048), (256, 512), (512, 512), (256, 2048), (512, 2048)),
-    decode_variants=((256, 512), (1, 512), (256, 2048)),
-    decode_programs=("blocks", "pallas", "cudnn"),
+    decode_first=((256, 512), (1, 512)),
+    decode=((1, 2048), (64, 512), (64, 2048), (512, 512), (256, 2048), (512, 2048)),
+    decode_programs=("pallas", "cudnn"),
+    decode_long=(256, 2048),
     cache_dtypes=("int8", "float8_e4m3"),
-    row_programs=("cudnn", "pallas"),
+    row_programs=("xla", "pallas"),
     chunk_steps=32,
     prefill=((32, 512), (8, 2048)),
     packed=((2, 2048), (8, 2048)),
@@ -231,7 +248,9 @@ GPU = Scale(
     rollout=Rollout(prompts=32, group=8, prompt_tokens=256, new_tokens=256),
     seconds=3.0,
     calibration_s=60.0,
-    static_peer=True,
+    compiled_peers=True,
+    first_s=60.0,
+    longest_s=300.0,
 )  # fmt: skip
 TINY = Scale(
     name="tiny",
@@ -242,9 +261,10 @@ TINY = Scale(
         ),
     },
     dtype="float32",
-    decode=((2, 32), (4, 32)),
-    decode_variants=((2, 32),),
+    decode_first=((2, 32),),
+    decode=((4, 32),),
     decode_programs=("xla",),
+    decode_long=(4, 32),
     cache_dtypes=("int8", "float8_e4m3"),
     row_programs=(),  # the kernels need a GPU
     chunk_steps=4,
@@ -255,7 +275,9 @@ TINY = Scale(
     rollout=Rollout(prompts=2, group=2, prompt_tokens=20, new_tokens=12),
     seconds=0.05,
     calibration_s=2.0,
-    static_peer=False,
+    compiled_peers=False,
+    first_s=0.0,
+    longest_s=200.0,
 )  # fmt: skip
 """Every program of the suite on a CPU in seconds: shows that it works, not how fast. Shapes agree between
 phases and whole steps, so that most programs compile once."""

@@ -10,12 +10,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from itertools import accumulate
 
 import numpy as np
 
 from benchmarks.gpu.cases import WARM_UPS, Case
+from benchmarks.gpu.floors import decode_floor, model_flops, rows_floor
 from benchmarks.gpu.measure import Prepared, Result, Span, Stopwatch
-from benchmarks.gpu.phases import Bench, model_flops, submit
+from benchmarks.gpu.phases import STOPPING, Bench, submit
 from jaxrl.buffer import GroupBuffer
 from jaxrl.config import GrpoConfig, TaskConfig
 from jaxrl.packing import groups_to_sequences, pack
@@ -24,6 +26,7 @@ from jaxrl.rollout.engine import SamplingParams
 from jaxrl.rollout.worker import RolloutWorker
 from jaxrl.tasks.base import Split, stable_hash
 from jaxrl.types import Problem, Prompt, Reward, Snapshot
+from models.cache import segment_sizes
 from roofline import cost
 from roofline.phases import Phase, PhaseCost
 
@@ -92,6 +95,7 @@ class RandomPrompts:
 def rollout_case(bench: Bench, case: Case) -> Prepared:
     """P prompts x G samples from submission to the last token, prefill included."""
     shape, watch = bench.scale.rollout, Stopwatch()
+    program = bench.decode_program(shape.samples, shape.length)
     engine = bench.engine(
         slots=shape.samples, prompt_tokens=shape.prompt_tokens, new_tokens=shape.new_tokens,
         observer=watch,
@@ -114,32 +118,36 @@ def rollout_case(bench: Bench, case: Case) -> Prepared:
 
     return Prepared(
         once=once, tokens=shape.samples * shape.new_tokens, useful=lambda: _needed(bench),
-        executed=lambda: [_cost_of(bench, span) for span in spans],
-        facts=lambda: {"phase_s": _phase_s(spans, 1)},
+        executed=lambda: _rollout_work(bench),
+        facts=lambda: {"attention": program, "phase_s": _phase_s(spans, 1)},
     )  # fmt: skip
 
 
 def _needed(bench: Bench) -> list[PhaseCost]:
     """Prefill of each prompt once, and every decode step over the keys that are there by then."""
-    shape, chunk = bench.scale.rollout, bench.scale.chunk_steps
-    costs = [
-        cost.prefill(
-            bench.model, bench.rollout_layout, shape.prompts, shape.prompt_tokens, shape.samples
-        )
+    shape, model, layout = bench.scale.rollout, bench.model, bench.rollout_layout
+    prompts = shape.prompts * shape.prompt_tokens
+    flops = model_flops(model, prompts, (shape.prompt_tokens + 1) / 2, headed=0, backward=False)
+    keys = shape.prompt_tokens + (shape.new_tokens - 1) / 2
+    return [
+        rows_floor(model, layout, Phase.PREFILL, flops),
+        decode_floor(model, layout, shape.samples, keys, shape.new_tokens),
     ]
+
+
+def _rollout_work(bench: Bench) -> list[PhaseCost]:
+    """What the engine's programs do for one step's rollout: whole chunks, over as many keys as they read."""
+    shape, model, chunk = bench.scale.rollout, bench.model, bench.scale.chunk_steps
+    layout = bench.rollout_layout
+    work = [cost.prefill(model, layout, shape.prompts, shape.prompt_tokens, shape.samples)]
+    stops = bench.decode_program(shape.samples, shape.length) in STOPPING
+    prefixes = list(accumulate(segment_sizes(shape.length)))
     for done in range(0, shape.new_tokens, chunk):
-        steps = min(chunk, shape.new_tokens - done)
-        seen = shape.prompt_tokens + done + steps // 2
-        costs.append(cost.decode(bench.model, bench.rollout_layout, shape.samples, seen, steps))
-    return costs
-
-
-def _cost_of(bench: Bench, span: Span) -> PhaseCost:
-    """Work of a rollout span at the shapes that the engine used."""
-    work, layout, shape = span.work, bench.rollout_layout, bench.scale.rollout
-    if span.phase == Phase.PREFILL:
-        return cost.prefill(bench.model, layout, work["prompts"], work["tokens"], work["samples"])
-    return cost.decode(bench.model, layout, shape.samples, work["kv_len"], work["steps"])
+        longest = shape.prompt_tokens + done + chunk
+        read = next((n for n in prefixes if n >= longest), prefixes[-1])
+        keys = longest - chunk // 2 if stops else read
+        work.append(cost.decode(model, layout, shape.samples, keys, chunk))
+    return work
 
 
 def _phase_s(spans: Sequence[Span], steps: int) -> dict[str, float]:
@@ -201,18 +209,36 @@ class Step:
         self.spans.append(self.watch.take())
         return [time.perf_counter() - began]
 
+    @property
+    def flops(self) -> float:
+        """Of the model in training on one step's sequences."""
+        shape = self.bench.scale.rollout
+        total = shape.samples * shape.length
+        return model_flops(
+            self.bench.model, total, (shape.length + 1) / 2, headed=total, backward=True
+        )
+
+    def least(self) -> list[PhaseCost]:
+        """What the results of one step need."""
+        model, layout = self.bench.model, self.bench.learner_layout
+        trained = rows_floor(model, layout, Phase.TRAIN, self.flops)
+        return [*_needed(self.bench), trained, *self._after_training()]
+
     def costs(self) -> list[PhaseCost]:
         """Work of one step: the rollout's, the learner's, the publication's."""
         model, layout = self.bench.model, self.bench.learner_layout
+        trained = cost.train(
+            model, layout, self.row_tokens, self.rows, self.microbatches, "block",
+            self.bench.scale.chunk_tokens,
+        )  # fmt: skip
+        return [*_rollout_work(self.bench), trained, *self._after_training()]
+
+    def _after_training(self) -> list[PhaseCost]:
+        model, layout = self.bench.model, self.bench.learner_layout
         return [
-            *_needed(self.bench),
-            cost.train(
-                model, layout, self.row_tokens, self.rows, self.microbatches, "block",
-                self.bench.scale.chunk_tokens,
-            ),
             cost.optimizer(model, layout),
             cost.publish(model, layout, self.bench.rollout_layout, same_devices=True),
-        ]  # fmt: skip
+        ]
 
     def facts(self) -> Result:
         """Seconds per step of each phase after the warm-up; waits show which lane was idle."""
@@ -232,14 +258,12 @@ class Step:
 def grpo_case(bench: Bench, case: Case) -> Prepared:
     """Optimizer steps, synchronous or with the rollout of the next step beside the learner."""
     step, shape = Step(bench, case.max_staleness), bench.scale.rollout
-    total = shape.samples * shape.length
     decoded = model_flops(
         bench.model, shape.samples * shape.new_tokens, shape.prompt_tokens + shape.new_tokens / 2,
         headed=shape.samples * shape.new_tokens, backward=False,
     )  # fmt: skip
-    trained = model_flops(bench.model, total, (shape.length + 1) / 2, headed=total, backward=True)
     return Prepared(
         once=step.once, close=step.close, tokens=shape.samples * shape.new_tokens,
-        useful=step.costs, executed=step.costs, overlapped=case.max_staleness > 0,
-        model_flops=decoded + trained, facts=step.facts,
+        useful=step.least, executed=step.costs, overlapped=case.max_staleness > 0,
+        model_flops=decoded + step.flops, facts=step.facts,
     )  # fmt: skip

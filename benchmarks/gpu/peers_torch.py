@@ -25,9 +25,12 @@ import torch
 import transformers
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.gpu.cases import GPU, MAX_ROUNDS, MIN_ROUNDS, TINY, WARM_UPS, Case, Scale
+from benchmarks.gpu.cases import GPU, MAX_ROUNDS, TINY, WARM_UPS, Case, Scale
 from benchmarks.record import spread
 
+ROUNDS = 3
+"""Least of each case: a rollout takes many seconds."""
+ATTENTION = "sdpa"
 ERROR_CHARACTERS = 300
 CLIP = 0.2
 Result = dict[str, Any]
@@ -48,10 +51,12 @@ class Peer:
             intermediate_size=shape.ffw_size, max_position_embeddings=shape.max_positions,
             rope_theta=shape.rope_theta, rms_norm_eps=shape.norm_eps,
             tie_word_embeddings=shape.tied_embeddings, bos_token_id=None, eos_token_id=None,
-            pad_token_id=0,
+            pad_token_id=0, attn_implementation=ATTENTION,
         )  # fmt: skip
         with torch.device(device):
             self.model = transformers.Qwen3ForCausalLM(config)
+        assert self.model.config._attn_implementation == ATTENTION
+        torch.set_float32_matmul_precision("high")  # as jax: float32 products through TF32
         parameters = sum(p.numel() for p in self.model.parameters())
         assert parameters == shape.num_parameters, (parameters, shape.num_parameters)
 
@@ -91,6 +96,9 @@ class Peer:
         self.model.train()
         if self.case.remat == "block":
             self.model.gradient_checkpointing_enable()
+        layers = self.model.model
+        if self.case.peer == "train-compiled":
+            layers = torch.compile(layers)
         optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0,
             fused=self.device == "cuda",
@@ -104,7 +112,7 @@ class Peer:
         def once() -> None:
             optimizer.zero_grad(set_to_none=True)
             with self._precision():
-                hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+                hidden = layers(input_ids=tokens, use_cache=False).last_hidden_state
                 logprobs = self._logprobs(hidden[:, :-1], tokens[:, 1:])
             ratio = torch.exp(logprobs - sampler)
             clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -143,8 +151,10 @@ def run_case(scale: Scale, case: Case, device: str) -> Result:
         return {"status": "skipped", "why": f"torch {torch.__version__} sees no CUDA device"}
     try:
         peer = Peer(scale, case, device)
-        once, tokens = peer.training() if case.peer == "train" else peer.generation()
-        return {"status": "done", **_timed(peer, once, tokens, scale.seconds)}
+        trains = case.peer.startswith("train")
+        once, tokens = peer.training() if trains else peer.generation()
+        facts = {"attention": ATTENTION, "dtype": scale.dtype}
+        return {"status": "done", **facts, **_timed(peer, once, tokens, scale.seconds)}
     except torch.OutOfMemoryError as error:
         return {"status": "no room", "why": str(error)[:ERROR_CHARACTERS]}
 
@@ -156,13 +166,16 @@ def _timed(peer: Peer, once: Callable[[], None], tokens: int, seconds: float) ->
         peer.synchronize()
         return time.perf_counter() - began
 
+    began = time.perf_counter()
     for _ in range(WARM_UPS):
         timed()
+    warm_up_s = time.perf_counter() - began
     times: list[float] = []
-    while len(times) < MIN_ROUNDS or (sum(times) < seconds and len(times) < MAX_ROUNDS):
+    while len(times) < ROUNDS or (sum(times) < seconds and len(times) < MAX_ROUNDS):
         times.append(timed())
     result: Result = {
         "measured_s": spread(times), "tokens_per_s": tokens / statistics.median(times),
+        "warm_up_s": warm_up_s,
     }  # fmt: skip
     if peer.device == "cuda":
         result |= {"peak_bytes": torch.cuda.max_memory_allocated(), "peak_is_this_cases": True}
@@ -180,7 +193,10 @@ def main() -> None:
 
     job = json.loads(sys.stdin.readline())
     scale = GPU if job["scale"] == GPU.name else TINY
-    answer({"ready": {"torch": torch.__version__, "transformers": transformers.__version__}})
+    seen = {"torch": torch.__version__, "transformers": transformers.__version__}
+    if torch.version.cuda is not None:
+        seen["torch cuda"] = torch.version.cuda
+    answer({"ready": seen})
     for fields in job["cases"]:
         case = Case(**fields)
         answer({"begun": case.name})

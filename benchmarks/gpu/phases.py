@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu.cases import Case, Scale
+from benchmarks.gpu.floors import decode_floor, model_flops, rows_floor
 from benchmarks.gpu.measure import Prepared, Result, Stopwatch, seconds_of
-from jaxrl.attention import Programs, fastest, measured, stored_name
+from jaxrl.attention import Programs, Table, fastest, stored_name
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig, RolloutConfig
 from jaxrl.learner.learner import Learner
@@ -40,6 +41,8 @@ from roofline.phases import Phase, PhaseCost
 
 SAMPLES_PER_PROMPT = 32
 """decode: so many slots hold samples of one prompt, which is prefilled once."""
+STOPPING = ("cudnn", "pallas")
+"""Programs of decode attention that read a slot's keys up to its own position; others read a prefix."""
 RATE = 1e-6
 """Learning rate: real updates that leave random weights finite."""
 
@@ -50,6 +53,8 @@ class Bench:
 
     scale: Scale
     name: str
+    table: Table = dataclasses.field(default_factory=dict)
+    """Programs of attention measured so far, as `jaxrl.attention` reads them; whole steps take the fastest."""
 
     @property
     def model(self) -> ModelConfig:
@@ -69,7 +74,9 @@ class Bench:
     @property
     def learner_layout(self) -> Layout:
         """Float32 parameters, products in the compute dtype."""
-        return Layout(compute_dtype=self.scale.dtype, kv_dtype=self.scale.dtype)
+        return Layout(
+            compute_dtype=self.scale.dtype, kv_dtype=self.scale.dtype, attention=self.row_program
+        )
 
     @property
     def rollout_layout(self) -> Layout:
@@ -87,14 +94,14 @@ class Bench:
         )
 
     def decode_program(self, slots: int, tokens: int) -> str:
-        """What `rollout.attention=auto` would take."""
+        """The fastest one measured on this device at the nearest shape."""
         kind = self.mesh.devices.flat[0].device_kind
-        found = fastest(measured(), kind, "decode", slots, tokens, get_args(DecodeAttention))
+        found = fastest(self.table, kind, "decode", slots, tokens, get_args(DecodeAttention))
         return found or self.unmeasured_program
 
     @property
     def unmeasured_program(self) -> str:
-        """What it would take on a device without measurements."""
+        """What `rollout.attention=auto` takes on a device without measurements."""
         return decode_by_structure(self.mesh.devices.flat[0])
 
     @property
@@ -185,23 +192,6 @@ def prepare(bench: Bench, case: Case) -> Prepared:
     return makers[case.kind](bench, case)
 
 
-def model_flops(
-    model: ModelConfig, tokens: int, keys_seen: float, *, headed: int, backward: bool
-) -> float:
-    """Flops of the model itself: each matrix once forward, twice backward; attention over visible keys only.
-
-    keys_seen: mean number of keys that a token attends to; headed: tokens that get logits.
-    """
-    query = model.num_heads * model.head_size
-    kv = model.num_kv_heads * model.head_size
-    matrices = 3 if model.gated_mlp else 2
-    layer = model.width * (2 * query + 2 * kv + matrices * model.ffw_size)
-    forward = 2.0 * tokens * model.num_layers * layer
-    forward += 4.0 * tokens * keys_seen * model.num_layers * query
-    forward += 2.0 * headed * model.vocab_size * model.width
-    return forward * (3 if backward else 1)
-
-
 def submit(
     engine: RolloutEngine, prompts: Sequence[tuple[int, ...]], *, group: int, new: int, stream: int
 ) -> None:
@@ -225,9 +215,10 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
     group, prompt = min(slots, SAMPLES_PER_PROMPT), case.tokens - new
     watch = Stopwatch()
     rows = PrefixRows(rows=slots // group, lanes=group, tokens=prompt) if case.shares else None
+    program = case.attention or bench.unmeasured_program
     engine = bench.engine(
         slots=slots, prompt_tokens=prompt, new_tokens=new, observer=watch, cache_dtype=case.cache_dtype,
-        attention=case.attention or bench.unmeasured_program, prefixes=rows,
+        attention=program, prefixes=rows,
     )  # fmt: skip
     snapshot = Snapshot(version=0, policy=bench.policy(bench.dtype))
     prompts = bench.prompts(slots // group, prompt)
@@ -247,15 +238,21 @@ def decode_case(bench: Bench, case: Case) -> Prepared:
         seen["kv_len"] = spans[-1].work["kv_len"]
         return seconds_of(spans, Phase.DECODE)
 
-    def costs(kv_len: int) -> list[PhaseCost]:
-        layout = bench.cache_layout(case.cache_dtype)
-        return [cost.decode(bench.model, layout, slots, kv_len, chunk, rows)]
+    layout = bench.cache_layout(case.cache_dtype)
+    mean = case.tokens - chunk  # keys of a slot, halfway through the two chunks
 
-    own = case.tokens - (prompt if case.shares else 0)
+    def least() -> list[PhaseCost]:
+        own = mean - (prompt if case.shares else 0)
+        held = slots * own + (slots // group * prompt if case.shares else 0)
+        return [decode_floor(bench.model, layout, slots, mean, chunk, held)]
+
+    def done() -> list[PhaseCost]:
+        read = mean if program in STOPPING else seen["kv_len"]
+        return [cost.decode(bench.model, layout, slots, read, chunk, rows)]
+
     return Prepared(
-        once=once, before=before, tokens=slots * chunk,
-        useful=lambda: costs(own - chunk), executed=lambda: costs(seen["kv_len"]),
-        facts=lambda: {"steps": chunk, "keys_read": seen["kv_len"]},
+        once=once, before=before, tokens=slots * chunk, useful=least, executed=done,
+        facts=lambda: {"attention": program, "steps": chunk, "keys_read": seen["kv_len"]},
     )  # fmt: skip
 
 
@@ -273,35 +270,42 @@ def _called(function: Callable[..., Any], *arguments: Any) -> Callable[[], list[
     return once
 
 
+def _row_program(bench: Bench, case: Case) -> RowAttention:
+    return cast("RowAttention", case.attention or bench.row_program)
+
+
 def prefill_case(bench: Bench, case: Case) -> Prepared:
     """Keys and values of `rows` prompts of `tokens` tokens."""
-    attention = cast("RowAttention", case.attention or "xla")
+    attention = _row_program(bench, case)
     program = jax.jit(partial(prefill, dtype=bench.dtype, attention=attention))
     tokens = jnp.asarray(bench.prompts(case.rows, case.tokens), jnp.int32)
-    work = _alone(cost.prefill(bench.model, bench.rollout_layout, case.rows, case.tokens))
+    layout = dataclasses.replace(bench.rollout_layout, attention=attention)
     total = case.rows * case.tokens
+    flops = model_flops(bench.model, total, (case.tokens + 1) / 2, headed=0, backward=False)
+    floor = rows_floor(bench.model, layout, Phase.PREFILL, flops)
     return Prepared(
         once=_called(program, bench.policy(bench.dtype), tokens), tokens=total,
-        useful=lambda: work, executed=lambda: work,
-        model_flops=model_flops(
-            bench.model, total, (case.tokens + 1) / 2, headed=0, backward=False
-        ),
+        useful=lambda: [floor], model_flops=flops, facts=lambda: {"attention": attention},
+        executed=lambda: _alone(cost.prefill(bench.model, layout, case.rows, case.tokens)),
     )  # fmt: skip
 
 
 def score_case(bench: Bench, case: Case) -> Prepared:
-    """Log-probabilities of one packed micro-batch under the learner's float32 parameters."""
-    forward = bench.forward(remat=False, attention=case.attention or "xla")
-    program = jax.jit(lambda policy, batch: score(policy, batch, forward)[0])
+    """Log-probabilities and entropies of one packed micro-batch under the learner's float32 parameters."""
+    attention = _row_program(bench, case)
+    forward = bench.forward(remat=False, attention=attention)
+    program = jax.jit(lambda policy, batch: score(policy, batch, forward))
     batch = jax.device_put(bench.batch(case.rows, case.tokens))
+    layout = dataclasses.replace(bench.learner_layout, attention=attention)
     work = cost.score(
-        bench.model, bench.learner_layout, case.tokens, case.rows,
-        chunk_tokens=bench.scale.chunk_tokens,
-    )  # fmt: skip
+        bench.model, layout, case.tokens, case.rows, chunk_tokens=bench.scale.chunk_tokens
+    )
+    flops = _packed_flops(bench, case, backward=False)
+    floor = rows_floor(bench.model, layout, Phase.SCORE, flops)
     return Prepared(
         once=_called(program, bench.policy(jnp.float32), batch), tokens=case.rows * case.tokens,
-        useful=lambda: [work], executed=lambda: [work],
-        model_flops=_packed_flops(bench, case, backward=False),
+        useful=lambda: [floor], executed=lambda: [work], model_flops=flops,
+        facts=lambda: {"attention": attention},
     )  # fmt: skip
 
 
@@ -314,17 +318,18 @@ def _packed_flops(bench: Bench, case: Case, *, backward: bool) -> float:
 
 def train_case(bench: Bench, case: Case) -> Prepared:
     """Forward and backward of one packed micro-batch, in the learner's own step."""
-    once = _learner_phase(bench, case, Phase.TRAIN)
-    work, floor = (
-        cost.train(
-            bench.model, bench.learner_layout, case.tokens, case.rows, remat=remat,
-            chunk_tokens=bench.scale.chunk_tokens,
-        )
-        for remat in (case.remat, "none")
+    attention = _row_program(bench, case)
+    layout = dataclasses.replace(bench.learner_layout, attention=attention)
+    work = cost.train(
+        bench.model, layout, case.tokens, case.rows, remat=case.remat,
+        chunk_tokens=bench.scale.chunk_tokens,
     )  # fmt: skip
+    flops = _packed_flops(bench, case, backward=True)
+    floor = rows_floor(bench.model, layout, Phase.TRAIN, flops)
     return Prepared(
-        once=once, tokens=case.rows * case.tokens, useful=lambda: [floor], executed=lambda: [work],
-        model_flops=_packed_flops(bench, case, backward=True),
+        once=_learner_phase(bench, case, Phase.TRAIN), tokens=case.rows * case.tokens,
+        useful=lambda: [floor], executed=lambda: [work], model_flops=flops,
+        facts=lambda: {"attention": attention},
     )  # fmt: skip
 
 
@@ -342,7 +347,7 @@ def optimizer_case(bench: Bench, case: Case) -> Prepared:
 def _learner_phase(bench: Bench, case: Case, phase: Phase) -> Callable[[], list[float]]:
     """One optimizer step on one micro-batch; the seconds of one phase of it."""
     watch = Stopwatch()
-    learner = bench.learner(watch, remat=case.remat == "block", attention=case.attention or "xla")
+    learner = bench.learner(watch, remat=case.remat == "block", attention=case.attention)
     batch = bench.batch(case.rows, case.tokens)
 
     def once() -> list[float]:

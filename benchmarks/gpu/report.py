@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu.cases import GPU, TINY, Case
 from benchmarks.record import table
 
 HEAD = [
@@ -70,22 +72,42 @@ def report(content: Mapping[str, Any]) -> str:
 
 
 LEGEND = (
-    "Bound: the least time at the datasheet's peaks, for the work that the results need. Predicted: for the "
-    "work that the programs do, at calibrated shares. Measured: median (least to most) of calls after "
-    "warm-up. MFU: flops of the model alone (causal attention, nothing computed twice) over the peak. Decode "
-    "is per chunk of steps, train per packed micro-batch. Peak: most memory of the process so far, <= where "
-    "an earlier case of it may have set it.\n"
+    "Bound: the least time at the datasheet's peaks (on a CPU: at the best rates measured) for the work that "
+    "the results need: in decode every weight and every key and value once per step, in rows of tokens the "
+    "model's own flops (causal attention, nothing computed twice), which over the peak are MFU too. Predicted: "
+    "for the work that the programs do, at calibrated shares. Measured: median (least to most) of calls after "
+    "two that warm up; compilation is not in it. Decode is per chunk of steps, train per packed micro-batch, "
+    "rollout and grpo per optimizer step. The first line of a shape runs the program of attention that "
+    "attention=auto takes without measurements, whole steps the fastest one measured. Peak: most memory of the "
+    "process so far, <= where an earlier case of it may have set it.\n"
 )
 
 
 def foot(content: Mapping[str, Any]) -> str:
-    """Date, commit, versions, whether the machine was busy."""
-    made = content["provenance"]
+    """Date, commit, versions, the card and its clock, whether the machine was busy."""
+    made, results = content["provenance"], content["results"].values()
     busy = "; ANOTHER PROGRAM WAS RUNNING at the start" if made["machine_was_busy"] else ""
     seen = ", ".join(f"{k} {v}" for k, v in {**made["versions"], **made.get("seen", {})}.items())
+    card = ", ".join(f"{name} {value}" for name, value in made.get("card", {}).items())
+    uncalibrated = any(r.get("calibrated") is False for r in results)
+    words = [
+        f"{made['date']}, commit {made['commit'][:12]}, sources {content['key']['sources']}{busy}",
+        seen, card, _clocks([r["card"] for r in results if "card" in r]),
+        "SOME PREDICTIONS ARE THE DATASHEET'S: no calibration had succeeded" if uncalibrated else "",
+    ]  # fmt: skip
+    return ". ".join(word for word in words if word) + ".\n"
+
+
+def _clocks(cards: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
+    """How the card ran while cases did; empty where it did not say."""
+    clocks = [card["clocks.sm"]["median"] for card in cards if "clocks.sm" in card]
+    if not clocks:
+        return ""
+    watts = max(card["power.draw"]["max"] for card in cards)
+    celsius = max(card["temperature.gpu"]["max"] for card in cards)
     return (
-        f"{made['date']}, commit {made['commit'][:12]}, sources {content['key']['sources']}{busy}. "
-        f"{seen}.\n"
+        f"While cases ran: SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz (medians), at most "
+        f"{watts:.0f} W and {celsius:.0f} degrees Celsius"
     )
 
 
@@ -173,6 +195,34 @@ def _kernels(name: str, kernels: Sequence[Mapping[str, Any]]) -> str:
     return f"## Kernels of {name}\n\n{table(head, rows)}\n"
 
 
+def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Median seconds of each program of attention, by device kind and shape, of the first model measured: what
+    `jaxrl.attention.fastest` reads. Cases in the compute dtype alone; train with recomputation."""
+    scales = {scale.name: scale for scale in (GPU, TINY)}
+    table: dict[str, list[dict[str, Any]]] = {}
+    for content in results:
+        scale = scales[content["key"]["scale"]]
+        model = next(iter(scale.models))
+        seconds: defaultdict[tuple[str, int, int], dict[str, float]] = defaultdict(dict)
+        for case in scale.cases():
+            result = content["results"].get(case.name, {})
+            plain = case.model == model and not case.cache_dtype and not case.shares
+            if plain and _compares_programs(case) and result.get("status") == "done":
+                shape = (case.kind, case.rows, case.tokens)
+                seconds[shape][result["attention"]] = result["measured_s"]["median"]
+        made = content["provenance"]
+        table[made.get("seen", {}).get("device", made["device"])] = [
+            {"phase": kind, "rows": rows, "tokens": tokens, "seconds": found}
+            for (kind, rows, tokens), found in seconds.items()
+            if len(found) > 1
+        ]
+    return table
+
+
+def _compares_programs(case: Case) -> bool:
+    return case.kind == "decode" or (case.kind == "train" and case.remat == "block")
+
+
 EIGHT_BITS = ("int8", "float8_e4m3")
 SHARES = {
     # model: (decode 256x512 of bound, decode 1x512 of bound, prefill and scoring MFU, training MFU)
@@ -223,11 +273,16 @@ def _best(results: Results, case: str, key: str, wanted: float) -> Target:
 
 
 def _errors(results: Results) -> list[Target]:
-    """How far single phases are from their calibrated prediction."""
+    """How far single phases are from their calibrated prediction, with the programs that calibration runs."""
+    single = [
+        case.name for case in GPU.cases()
+        if case.kind not in ("rollout", "grpo", "peers")
+        and not (case.attention or case.cache_dtype or case.shares)
+    ]  # fmt: skip
     errors = [
-        abs(r["ratio"] - 1)
-        for name, r in results.items()
-        if "ratio" in r and name.split()[1] not in ("rollout", "grpo")
+        abs(results[name]["ratio"] - 1)
+        for name in single
+        if name in results and results[name].get("calibrated")
     ]
     median, worst = (statistics.median(errors), max(errors)) if errors else (None, None)
     return [

@@ -24,6 +24,10 @@ SUITE = "gpu"
 """Marks results files of this suite."""
 FINISHED = ("done", "no room", "skipped")
 """Outcomes that another call would not change; a failed case is tried again."""
+CUT_OFF = "cut off"
+"""Outcome of a case that was not done when its call ended; it is tried again."""
+MORE_TIME = 1.25
+"""A case that was cut off is given so many times as long."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 SOURCES = ("models", "roofline", "jaxrl", "benchmarks/gpu")
 
@@ -72,11 +76,37 @@ class Store:
         for path in (p for where in (folder, *more) for p in sorted(where.glob(f"{name}-*.json"))):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.get("key") == key:
-                return cls(folder / path.name, content)
+                return cls(folder / path.name, content)._without_begun()
         made = {**record.provenance(key["versions"]), "device": device}
         made["commit"] = commit or made["commit"]
         content = {"suite": SUITE, "key": key, "provenance": made, "results": {}, "kernels": {}}
         return cls(_new_path(folder, name), content)
+
+    def _without_begun(self) -> Store:
+        """Whatever was begun when the call of this file was killed was cut off."""
+        if name := self.content.pop("begun", None):
+            why = "the call was killed while it ran"
+            self.put(name, {"status": CUT_OFF, "why": why}, profiled=False)
+        return self
+
+    def begin(self, name: str) -> None:
+        """Note on disk what runs now, in case nobody will be there to say how it ended."""
+        self.content["begun"] = name
+        self.save()
+
+    def expected_s(self, case: Case, scale: Scale) -> float:
+        """Seconds that the case should take: as long as the longest of its kind did, or scale.first_s; one that
+        was cut off longer than it had."""
+        results = self.content["results"]
+        names = [one.name for one in scale.cases() if one.kind == case.kind]
+        took = [results[name].get("wall_s", 0.0) for name in names if name in results]
+        own = results.get(case.name, {})
+        had = MORE_TIME * own.get("wall_s", 0.0) if own.get("status") == CUT_OFF else 0.0
+        return min(max([scale.first_s, had] if not any(took) else [*took, had]), scale.longest_s)
+
+    def was_tried(self, case: Case) -> bool:
+        """It has run without success."""
+        return case.name in self.content["results"] and not self.is_finished(case)
 
     def is_finished(self, case: Case) -> bool:
         """Measured, or known not to work on this device."""
@@ -93,6 +123,7 @@ class Store:
 
     def put(self, name: str, result: Mapping[str, Any], *, profiled: bool) -> None:
         """Store the outcome of a case, on disk too."""
+        self.content.pop("begun", None)
         if "why" in result:
             result = {**result, "why": _without_places(result["why"])}
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -2,7 +2,10 @@
 
     python benchmarks/gpu_suite.py [--minutes 8] [--only decode,train,...] [--profile] [--device cpu]
 
-The same command again goes on where the last one was stopped, whether by --minutes or by a kill.
+The same command again goes on where the last one was stopped, whether by --minutes or by a kill. A case
+begins only if as much time is left as the longest of its kind took; one that was cut off, by the time or with
+the whole call, comes again after the others, as does one that failed. A process that dies, or that needs longer
+than a case may, costs its own case alone.
 Where results are copied between machines, put the file back into --out (or benchmarks/results) first.
 Processes follow one another, so that jaxrl and PyTorch never share the device's memory. Loads no jax.
 """
@@ -15,7 +18,6 @@ import dataclasses
 import json
 import os
 import queue
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.gpu.card import Watch, standing, watching
 from benchmarks.gpu.cases import GPU, KINDS, TINY, Case, Scale
-from benchmarks.gpu.report import report
-from benchmarks.gpu.store import Store
+from benchmarks.gpu.report import attention_table, report
+from benchmarks.gpu.store import CUT_OFF, Store
 from roofline.machine import processor
 
 PEERS_PYTHON = (sys.executable, str(record.ROOT / ".venv-peers/bin/python"))
@@ -40,6 +43,8 @@ WORKER = ("-m", "benchmarks.gpu.worker")
 MEMORY_SHARE = "0.95"
 """Of the GPU's memory that jax takes; no other process of the suite runs beside it."""
 LOG_CHARACTERS = 2000
+TO_STOP_S = 5.0
+"""Kept of the time of a call to end its processes and write the tables [s]."""
 CPU_RESULTS = record.ROOT / "runs" / "gpu_suite"
 
 
@@ -57,18 +62,27 @@ class Call:
     models: Sequence[str]
 
 
+@dataclass
+class Limit:
+    """How long a process may go on; its cases have limits of their own."""
+
+    at_s: float
+    """On time.monotonic."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what is left, write JSON and Markdown; exit code 1 if a case failed."""
+    began = time.monotonic()
     options = _options(argv)
     scale = TINY if options.device == "cpu" else GPU
     out = options.out or (CPU_RESULTS if options.device == "cpu" else record.RESULTS)
     store = Store.open(out, scale, device_name(options.device), options.commit)
     call = Call(
         scale=scale, device=options.device, kinds=options.only, profile=options.profile,
-        deadline_s=time.monotonic() + 60 * options.minutes, models=options.models or list(scale.models),
+        deadline_s=began + 60 * options.minutes - TO_STOP_S,
+        models=options.models or list(scale.models),
     )  # fmt: skip
     left = run(call, store)
-    store.path.with_suffix(".md").write_text(report(store.content), encoding="utf-8")
     failed = [name for name, r in store.content["results"].items() if r["status"] == "failed"]
     print(
         f"{store.path.name}: {left or 'nothing'} left to do"
@@ -100,30 +114,55 @@ def device_name(device: str) -> str:
     """The first GPU as its driver names it, or the processor; exits where there is no GPU."""
     if device == "cpu":
         return processor()
-    if shutil.which("nvidia-smi") is None:
-        sys.exit("no NVIDIA GPU was found (there is no nvidia-smi); --device cpu runs tiny shapes")
-    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if name := standing().get("name"):
+        return name
+    look = "import jax; print(jax.devices()[0].device_kind)"  # an image may lack the driver's tools
+    done = subprocess.run(
+        [sys.executable, "-c", look], env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     if done.returncode or not done.stdout.strip():
-        sys.exit(f"nvidia-smi names no GPU: {done.stdout}{done.stderr}")
-    return done.stdout.splitlines()[0].strip()
+        last = (done.stderr.strip().splitlines() or ["no word why"])[-1]
+        sys.exit(f"no CUDA device was found ({last}); --device cpu runs tiny shapes")
+    return done.stdout.splitlines()[-1].strip()
 
 
 def run(call: Call, store: Store) -> int:
     """Run cases until none is left or the time is over; returns how many are left."""
-    for _, group in groupby(_wanted(call, store), key=lambda case: case.process):
-        cases = list(group)
-        if time.monotonic() > call.deadline_s:
-            break
-        if cases[0].kind == "peers":
-            _run_peers(call, store, cases)
-        else:
-            _run_process(call, store, cases, [sys.executable, *WORKER])
+    with watching() as card:
+        if call.device == "gpu":
+            store.content["provenance"]["card"] = standing()
+        for _, group in groupby(_wanted(call, store), key=lambda case: case.process):
+            cases = list(group)
+            while cases and _fits(call, store, cases[0]):
+                cases = _run_group(call, store, card, cases)
+    _write_report(store)
     return len(_wanted(call, store))
 
 
+def _run_group(call: Call, store: Store, card: Watch, cases: Sequence[Case]) -> list[Case]:
+    """One process for cases that share it; returns those that its early end has left."""
+    if cases[0].kind != "peers":
+        return _run_process(call, store, card, cases, [sys.executable, *WORKER])
+    python = next((path for path in PEERS_PYTHON if _has_torch(path)), None)
+    if python is not None:
+        return _run_process(call, store, card, cases, [python, "-m", "benchmarks.gpu.peers_torch"])
+    why = "torch and transformers are not installed here"
+    print(f"peers: skipped, {why}")
+    for case in cases:
+        store.put(case.name, {"status": "skipped", "why": why}, profiled=False)
+    return []
+
+
+def _fits(call: Call, store: Store, case: Case) -> bool:
+    """Whether as much time is left as the case is expected to take."""
+    left_s = call.deadline_s - time.monotonic()
+    return left_s > 0 and left_s >= store.expected_s(case, call.scale)
+
+
 def _wanted(call: Call, store: Store) -> list[Case]:
-    """Unfinished cases of the chosen kinds, and the calibrations that they need."""
+    """Unfinished cases of the chosen kinds, and the calibrations that they need; those that were tried and
+    did not succeed last, so that none of them keeps the others waiting."""
     cases = [case for case in call.scale.cases() if case.model in call.models]
     chosen = [case for case in cases if case.kind in call.kinds]
     if call.profile:
@@ -133,22 +172,17 @@ def _wanted(call: Call, store: Store) -> list[Case]:
         ]  # fmt: skip
     chosen = [case for case in chosen if not store.is_finished(case)]
     needed = {case.model for case in chosen if case.kind not in ("calibrate", "peers")}
-    return [
+    wanted = [
         case for case in cases
         if case in chosen
         or (case.kind == "calibrate" and case.model in needed and not store.is_finished(case))
     ]  # fmt: skip
+    return sorted(wanted, key=store.was_tried)
 
 
-def _run_peers(call: Call, store: Store, cases: Sequence[Case]) -> None:
-    python = next((path for path in PEERS_PYTHON if _has_torch(path)), None)
-    if python is None:
-        why = "torch and transformers are not installed here"
-        print(f"peers: skipped, {why}")
-        for case in cases:
-            store.put(case.name, {"status": "skipped", "why": why}, profiled=False)
-        return
-    _run_process(call, store, cases, [python, "-m", "benchmarks.gpu.peers_torch"])
+def _write_report(store: Store) -> None:
+    store.path.parent.mkdir(parents=True, exist_ok=True)
+    store.path.with_suffix(".md").write_text(report(store.content), encoding="utf-8")
 
 
 def _has_torch(python: str) -> bool:
@@ -161,40 +195,79 @@ def _has_torch(python: str) -> bool:
     return subprocess.run([python, "-c", look], capture_output=True, check=False).returncode == 0
 
 
-def _run_process(call: Call, store: Store, cases: Sequence[Case], command: Sequence[str]) -> None:
-    """One process for these cases; a case that was begun and has no result when it ends has failed."""
+def _run_process(
+    call: Call, store: Store, card: Watch, cases: Sequence[Case], command: Sequence[str]
+) -> list[Case]:
+    """One process for these cases. One that was begun when it ends early has failed, or was cut off if the
+    time was over; returns the cases behind it, which it never came to."""
     with tempfile.TemporaryDirectory() as dump, _started(call, command, dump) as (process, log):
-        hardware = store.hardware(cases[0].model)
-        job = {
-            "scale": call.scale.name, "device": call.device, "profile": call.profile,
-            "cases": [dataclasses.asdict(case) for case in cases],
-            "dump": dump if call.profile else None,
-            "hardware": None if hardware is None else hardware.to_json(),
-        }  # fmt: skip
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended already: told below
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.close()
-        begun = ""
-        for answer in _answers(process, call.deadline_s):
+        _send(process, _job(call, store, cases, dump))
+        begun, since_s, limit = "", time.monotonic(), Limit(call.deadline_s)
+        for answer in _answers(process, limit):
             if answer is None:
-                print(f"time is over{f' during {begun}; give it more --minutes' if begun else ''}")
-                return
+                break
             if "ready" in answer:
                 store.content["provenance"].setdefault("seen", {}).update(answer["ready"])
             elif "begun" in answer:
-                begun = answer["begun"]
+                begun, since_s = answer["begun"], time.monotonic()
+                limit.at_s = min(call.deadline_s, since_s + call.scale.longest_s)
+                store.begin(begun)
             else:
-                store.put(answer["ended"], answer["result"], profiled=call.profile)
-                print(_line(answer["ended"], answer["result"]), flush=True)
-                begun = ""
-        if process.wait() or begun:
+                clocks = card.between(since_s, time.monotonic())
+                result = answer["result"] | ({"card": clocks} if clocks else {})
+                store.put(answer["ended"], result, profiled=call.profile)
+                _write_report(store)
+                print(_line(answer["ended"], result), flush=True)
+                begun, limit.at_s = "", call.deadline_s
+        else:
+            if not (process.wait() or begun):
+                return []
             tail = log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
-            print(f"the process of {begun or cases[0].name} ended early:\n{tail}", file=sys.stderr)
+            begun = begun or cases[0].name
+            print(f"the process of {begun} ended early:\n{tail}", file=sys.stderr)
             why = f"its process ended early with code {process.returncode}"
-            store.put(
-                begun or cases[0].name, {"status": "failed", "why": why}, profiled=call.profile
-            )
+            store.put(begun, {"status": "failed", "why": why}, profiled=call.profile)
+            return _behind(cases, begun)
+    return _too_late(call, store, cases, begun, time.monotonic() - since_s)
+
+
+def _too_late(
+    call: Call, store: Store, cases: Sequence[Case], begun: str, seconds: float
+) -> list[Case]:
+    """Store what became of the case during which a limit was reached; returns those behind it."""
+    if not begun:
+        return []
+    over = time.monotonic() >= call.deadline_s
+    why = f"not done after {seconds:.0f} s" + (", when the call ended" if over else "")
+    status = CUT_OFF if over else "failed"
+    print(f"{begun}: {status}, {why}" + ("; give it more --minutes" if over else ""))
+    store.put(begun, {"status": status, "why": why, "wall_s": seconds}, profiled=call.profile)
+    return _behind(cases, begun)
+
+
+def _behind(cases: Sequence[Case], name: str) -> list[Case]:
+    names = [case.name for case in cases]
+    return list(cases[names.index(name) + 1 :])
+
+
+def _job(call: Call, store: Store, cases: Sequence[Case], dump: str) -> dict[str, Any]:
+    hardware = store.hardware(cases[0].model)
+    return {
+        "scale": call.scale.name, "device": call.device, "profile": call.profile,
+        "cases": [dataclasses.asdict(case) for case in cases],
+        "expected_s": [store.expected_s(case, call.scale) for case in cases],
+        "left_s": call.deadline_s - time.monotonic(),
+        "dump": dump if call.profile else None,
+        "attention": attention_table([store.content]),
+        "hardware": None if hardware is None else hardware.to_json(),
+    }  # fmt: skip
+
+
+def _send(process: subprocess.Popen[str], job: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):  # it ended already: told by its caller
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.close()
 
 
 @contextlib.contextmanager
@@ -224,8 +297,8 @@ def _started(
             process.wait()
 
 
-def _answers(process: subprocess.Popen[str], deadline_s: float) -> Iterator[dict[str, Any] | None]:
-    """The process's answers until it ends; None, as the last, when the time is over."""
+def _answers(process: subprocess.Popen[str], limit: Limit) -> Iterator[dict[str, Any] | None]:
+    """The process's answers until it ends; None, as the last, once the limit is reached."""
     lines: queue.Queue[str] = queue.Queue()
     stdout = process.stdout
     assert stdout is not None
@@ -238,7 +311,7 @@ def _answers(process: subprocess.Popen[str], deadline_s: float) -> Iterator[dict
     threading.Thread(target=read, daemon=True).start()
     while True:
         try:
-            line = lines.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            line = lines.get(timeout=max(0.0, limit.at_s - time.monotonic()))
         except queue.Empty:
             yield None
             return
@@ -256,4 +329,5 @@ def _line(name: str, result: dict[str, Any]) -> str:
     words = f"{name}: {1e3 * result['measured_s']['median']:.2f} ms"
     if "share_of_bound" in result:
         words += f", {result['share_of_bound']:.0%} of the bound, {result['ratio']:.2f} x predicted"
+        words += "" if result["calibrated"] else " by the datasheet"
     return words

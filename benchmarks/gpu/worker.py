@@ -25,8 +25,10 @@ from benchmarks.gpu.grpo import grpo_case, rollout_case
 from benchmarks.gpu.measure import Prepared, Result, measure
 from benchmarks.gpu.phases import Bench, prepare
 from benchmarks.gpu.profile import most_expensive
+from jaxrl.attention import Table
 from jaxrl.devices import remember_programs
 from roofline.calibrate import calibrate
+from roofline.datasheets import datasheet_of_device
 from roofline.hardware import Hardware
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -45,23 +47,26 @@ def make(bench: Bench, case: Case) -> Prepared:
 
 
 def run_case(
-    scale: Scale, case: Case, hardware: Hardware | None, *, profiled: bool = False, dump: Path | None = None
+    scale: Scale, case: Case, hardware: Hardware | None, *, profiled: bool = False,
+    dump: Path | None = None, table: Table | None = None,
 ) -> Result:  # fmt: skip
-    """Measure (or profile) one case.
+    """Measure (or profile) one case; without calibrated hardware beside the device's datasheet.
 
     Returns {"status": "done", ...}, or {"status": "no room", "why"} when it does not fit the device.
-    Raises: ValueError for a case other than calibration without the calibrated hardware.
+    Raises: ValueError for a device of which neither a calibration nor a datasheet is there.
     """
-    bench = Bench(scale=scale, name=case.model)
+    bench = Bench(scale=scale, name=case.model, table=table or {})
     if case.kind == "calibrate":
         made = calibrate(
             bench.model, workload=scale.workload(), devices=jax.local_devices()[:1],
             budget_s=scale.calibration_s, thorough=True,
         )  # fmt: skip
         return {"status": "done", "hardware": made.to_json()}
+    hardware = hardware or datasheet_of_device(jax.local_devices()[0].device_kind)
     if hardware is None and not profiled:
         raise ValueError(
-            f"{case.name} is predicted from a calibration; calibrate {case.model} first"
+            f"{case.name} is predicted from a calibration, and {case.model} has none on this device, of "
+            "which no datasheet is known; run --only calibrate first"
         )
     try:
         prepared = make(bench, case)
@@ -71,7 +76,7 @@ def run_case(
             assert hardware is not None
             rounds = GRPO_ROUNDS if case.kind == "grpo" else MIN_ROUNDS
             result = measure(prepared, hardware, scale.seconds, min_rounds=rounds)
-            return {"status": "done", **result}
+            return {"status": "done", "calibrated": hardware.calibrated, **result}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or OUT_OF_MEMORY in str(error):
             return {"status": "no room", "why": str(error)[:ERROR_CHARACTERS]}
@@ -101,14 +106,19 @@ def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None
     scale = GPU if job["scale"] == GPU.name else TINY
     hardware = Hardware.from_json(job["hardware"]) if job["hardware"] else None
     dump = Path(job["dump"]) if job["dump"] else None
+    until = time.perf_counter() + job["left_s"]
     answer({"ready": device_facts()})
-    for fields in job["cases"]:
+    for fields, expected_s in zip(job["cases"], job["expected_s"], strict=True):
         case = Case(**fields)
+        if time.perf_counter() + expected_s > until:
+            continue  # left for another call
         answer({"begun": case.name})
         began = time.perf_counter()
         result: Result
         try:
-            result = run_case(scale, case, hardware, profiled=job["profile"], dump=dump)
+            result = run_case(
+                scale, case, hardware, profiled=job["profile"], dump=dump, table=job["attention"]
+            )
         except Exception as error:  # reported and stored as the outcome of this case
             traceback.print_exc()
             why = f"{type(error).__name__}: {error}"

@@ -14,17 +14,20 @@ import pytest
 
 from benchmarks import gpu_table, record
 from benchmarks.gpu import suite
-from benchmarks.gpu.cases import GPU, KINDS, TINY, Case
-from benchmarks.gpu.phases import model_flops
+from benchmarks.gpu.card import Watch, watching
+from benchmarks.gpu.cases import GPU, KINDS, TINY, Case, Scale
+from benchmarks.gpu.floors import decode_floor, model_flops
+from benchmarks.gpu.phases import Bench, prepare
 from benchmarks.gpu.profile import Event, most_expensive, own_times, ranked, sources
-from benchmarks.gpu.report import Target, report, targets
-from benchmarks.gpu.store import Store, load_results
+from benchmarks.gpu.report import Target, attention_table, report, targets
+from benchmarks.gpu.store import CUT_OFF, Store, load_results
 from benchmarks.gpu.suite import Call
-from benchmarks.gpu.worker import run_case
+from benchmarks.gpu.worker import run_case, serve
 from jaxrl.attention import fastest
 from roofline import cost
 from roofline.datasheets import datasheet
 from roofline.kernels import Layout
+from roofline.predict import predict
 
 PARAMETERS = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
 """Of the published checkpoints (Hugging Face Qwen/Qwen3-0.6B and -1.7B), a tied head counted once."""
@@ -207,19 +210,136 @@ def test_a_case_is_cut_off_when_the_time_is_over(tmp_path: Path, capsys) -> None
     case, store = case_of("decode"), open_store(tmp_path)
     program = f'import time; print(\'{{"begun": "{case.name}"}}\', flush=True); time.sleep(60)'
     began = time.monotonic()
-    suite._run_process(call(seconds=0.5), store, [case], [sys.executable, "-c", program])
+    suite._run_process(call(seconds=0.5), store, Watch(), [case], [sys.executable, "-c", program])
     assert time.monotonic() - began < 30
-    assert store.content["results"] == {}
-    assert f"during {case.name}" in capsys.readouterr().out
+    assert store.content["results"][case.name]["status"] == CUT_OFF
+    assert "more --minutes" in capsys.readouterr().out
+    assert not store.is_finished(case)
+    assert store.expected_s(case, TINY) >= 0.5  # more than it had
 
 
 def test_a_process_that_dies_fails_its_case_with_a_reason(tmp_path: Path, capsys) -> None:
     case, store = case_of("decode"), open_store(tmp_path)
     program = "import sys; print('the end', file=sys.stderr); sys.exit(3)"
-    suite._run_process(call(), store, [case], [sys.executable, "-c", program])
+    suite._run_process(call(), store, Watch(), [case], [sys.executable, "-c", program])
     result = store.content["results"][case.name]
     assert (result["status"], "code 3" in result["why"]) == ("failed", True)
     assert "the end" in capsys.readouterr().err
+
+
+PROGRAM = """
+import json, sys, time
+cases = json.loads(sys.stdin.readline())["cases"]
+for case in cases:
+    name = f"{case['model']} decode {case['rows']}x{case['tokens']}"
+    print(json.dumps({"begun": name}), flush=True)
+    %s
+    print(json.dumps({"ended": name, "result": {"status": "no room", "why": "?"}}), flush=True)
+"""
+"""A process that answers as a worker does, but for what a test puts into it."""
+
+
+@pytest.mark.parametrize(
+    "fate", ["case['rows'] == 2 and sys.exit(1)", "case['rows'] == 2 and time.sleep(60)"]
+)
+def test_a_case_that_kills_its_process_or_never_ends_costs_no_other_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fate: str
+) -> None:
+    short = dataclasses.replace(TINY, decode_programs=(), longest_s=2.0)
+    monkeypatch.setattr(suite, "WORKER", ("-c", PROGRAM % fate))
+    monkeypatch.setattr(Scale, "_decode_variants_of", lambda *_: [])
+    store = open_store(tmp_path)
+    store.put(Case(kind="calibrate", model="tiny").name, CALIBRATION, profiled=False)
+    suite.run(dataclasses.replace(call(("decode",)), scale=short), store)
+    found = {name: r["status"] for name, r in store.content["results"].items()}
+    assert found["tiny decode 2x32"] == "failed"
+    assert found["tiny decode 4x32"] == "no room"
+
+
+def test_a_case_of_a_call_that_was_killed_comes_again_after_the_others(tmp_path: Path) -> None:
+    first, second = (
+        case for case in TINY.cases() if case.name in ("tiny optimizer", "tiny publish")
+    )
+    store = open_store(tmp_path)
+    store.begin(first.name)  # and nobody lives to say how it ended
+    again = open_store(tmp_path)
+    assert again.content["results"][first.name]["status"] == CUT_OFF
+    left = [
+        c for c in suite._wanted(call(("optimizer", "publish")), again) if c.kind != "calibrate"
+    ]
+    assert left == [second, first]
+    assert not open_store(tmp_path).content.get("begun")
+
+
+def test_a_case_that_would_not_fit_the_time_left_is_not_begun(tmp_path: Path) -> None:
+    answers: list[dict[str, object]] = []
+    cases = [case for case in TINY.cases() if case.kind == "prefill"] * 2
+    job = {
+        "scale": "tiny", "hardware": HARDWARE.to_json(), "dump": None, "profile": False, "attention": {},
+        "cases": [dataclasses.asdict(case) for case in cases], "left_s": 60.0,
+        "expected_s": [100.0, 0.0],
+    }  # fmt: skip
+    serve(job, answers.append)
+    assert [next(iter(answer)) for answer in answers] == ["ready", "begun", "ended"]
+    store = open_store(tmp_path)
+    store.put(cases[0].name, {"status": "no room", "why": "?", "wall_s": 50.0}, profiled=False)
+    assert store.expected_s(cases[0], TINY) == 50
+    assert store.expected_s(case_of("decode"), dataclasses.replace(TINY, first_s=60.0)) == 60
+
+
+def test_without_a_calibration_a_case_is_predicted_from_the_datasheet_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.worker.datasheet_of_device", lambda _: HARDWARE)
+    assert run_case(TINY, case_of("publish"), None)["calibrated"] is False
+    monkeypatch.setattr("benchmarks.gpu.worker.datasheet_of_device", lambda _: None)
+    with pytest.raises(ValueError, match="--only calibrate first"):
+        run_case(TINY, case_of("publish"), None)
+
+
+def test_the_bound_of_decode_is_the_books_weights_and_cache_once_per_step() -> None:
+    model, layout = GPU.models["qwen3-0.6b"], Layout(
+        compute_dtype="bfloat16", param_dtype="bfloat16", kv_dtype="bfloat16"
+    )  # fmt: skip
+    step = decode_floor(model, layout, 256, 511, 1)
+    weights, a_token = 2 * PARAMETERS["qwen3-0.6b"], 114_688  # bytes per token of the cache
+    assert step.hbm_bytes == weights + 256 * 512 * a_token
+    seconds = predict(step, HARDWARE).lower_s
+    assert seconds == pytest.approx(3.44e-3, rel=0.02)  # the reference table's book roof
+    half = decode_floor(model, layout, 256, 511, 1, held=256 * 511 / 2)
+    assert half.hbm_bytes == pytest.approx(weights + 256 * 256.5 * a_token)
+
+
+def test_no_bound_counts_what_a_program_of_attention_moves() -> None:
+    bench = Bench(scale=TINY, name="tiny")
+    case = dataclasses.replace(case_of("score"), attention="xla")
+    prepared = prepare(bench, case)
+    (floor,) = prepared.useful()
+    assert floor.flops == prepared.model_flops
+    assert floor.hbm_bytes == 4 * bench.model.num_parameters
+    assert prepared.executed()[0].hbm_bytes > floor.hbm_bytes
+
+
+def test_whole_steps_decode_with_the_fastest_program_measured_so_far() -> None:
+    kind = jax.local_devices()[0].device_kind
+    seconds = {"blocks": 2.0, "xla": 1.0}
+    table = {kind: [{"phase": "decode", "rows": 4, "tokens": 32, "seconds": seconds}]}
+    assert Bench(scale=TINY, name="tiny").decode_program(4, 32) == "blocks"
+    assert Bench(scale=TINY, name="tiny", table=table).decode_program(4, 32) == "xla"
+
+
+def test_the_card_is_read_while_a_case_runs_and_lines_without_numbers_are_left_out() -> None:
+    lines = (
+        "print('1980, 2619, 350.5, 40'); print('[N/A], 2619, 1, 1'); print('1200, 2619, 700, 60')"
+    )
+    with watching([sys.executable, "-c", f"{lines}; import sys; sys.stdout.flush()"]) as card:
+        deadline = time.monotonic() + 30
+        while len(card.readings) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        found = card.between(0.0, time.monotonic())
+    assert found["clocks.sm"] == {"min": 1200, "median": 1590, "max": 1980}
+    assert found["power.draw"]["max"] == 700
+    assert Watch().between(0.0, 1.0) == {}
 
 
 def test_peers_that_are_not_installed_are_skipped_with_a_word(
@@ -253,7 +373,8 @@ def made_up(seconds: float) -> dict[str, object]:
     return {
         "status": "done", "measured_s": spread, "bound_s": 0.5, "expected_s": 0.8, "binds": "memory",
         "share_of_bound": 0.5 / seconds, "ratio": seconds / 0.8, "tokens_per_s": 100 / seconds,
-        "mfu": 0.4, "peak_bytes": 2**30, "peak_is_this_cases": True, "wall_s": 1.0,
+        "calibrated": True, "attention": "xla", "mfu": 0.4,
+        "peak_bytes": 2**30, "peak_is_this_cases": True, "wall_s": 1.0,
     }  # fmt: skip
 
 
@@ -318,10 +439,11 @@ def test_programs_of_attention_are_chosen_from_the_results(tmp_path: Path) -> No
     faster = {
         **store.content["results"]["qwen3-0.6b decode 256x512"],
         "measured_s": {"median": 0.5},
+        "attention": "pallas",
     }
     store.content["results"]["qwen3-0.6b decode 256x512 pallas"] = faster
     store.content["results"]["qwen3-0.6b decode 256x2048 int8"] = faster
-    table = gpu_table.attention_table([store.content])
+    table = attention_table([store.content])
     (device,) = table
     assert table[device] == [
         {"phase": "decode", "rows": 256, "tokens": 512, "seconds": {"xla": 1.0, "pallas": 0.5}}
