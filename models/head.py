@@ -79,14 +79,21 @@ def _chunked(
 def _chunk(
     matrix: jax.Array, scale: jax.Array, chunk: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Log-probability, entropy and log-sum-exp [B, t] of one chunk."""
+    """Log-probability, entropy and log-sum-exp [B, t] of one chunk.
+
+    With m = max z, e = exp(z - m): log-sum-exp = m + log(sum e), entropy = log-sum-exp - sum e z / sum e. The
+    sums follow from the logits and m alone, so that a GPU makes all of them in one pass over the logits.
+    """
     hidden, targets = chunk
     logits = _logits(matrix, hidden) * scale
-    log_sum = jax.nn.logsumexp(logits, axis=-1)
-    probabilities = jnp.exp(logits - log_sum[..., None])
-    entropy = log_sum - jnp.sum(probabilities * logits, axis=-1)
-    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
-    return chosen - log_sum, entropy, log_sum
+    peak = jnp.max(logits, axis=-1)
+    below = logits - peak[..., None]
+    masses = jnp.exp(below)
+    total = jnp.sum(masses, axis=-1)
+    mean = jnp.sum(masses * logits, axis=-1) / total
+    chosen = jnp.sum(jnp.where(_is_target(logits, targets), below, 0.0), axis=-1)
+    log_total = jnp.log(total)
+    return chosen - log_total, peak + log_total - mean, peak + log_total
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
