@@ -56,7 +56,7 @@ $(REHEARSE)/.ready: pyproject.toml
 	@touch $@
 
 test-rehearse: rehearse-setup
-	@JAX_PLATFORMS=cpu $(REHEARSE)/bin/python -m pytest -q -m slow tests/jaxrl/test_rehearse_gpu.py $(ARGS)
+	@JAX_PLATFORMS=cpu $(REHEARSE)/bin/python -m pytest -q -m "not gpu" tests/jaxrl/test_rehearse_g*.py $(ARGS)
 
 PEERS_PYTHON ?= $(PYTHON)
 TUNIX_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3) $(PYTHON))
