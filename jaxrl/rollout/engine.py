@@ -127,7 +127,7 @@ class RolloutEngine:
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
         )
-        self._take = jax.jit(take_rows, static_argnames=("place",))
+        self._take = jax.jit(partial(take_rows), static_argnames=("place",))
         self._recompute = jax.jit(
             partial(recompute_cache, dtype=dtype, attention=programs.prompts),
             static_argnames=("tokens",),

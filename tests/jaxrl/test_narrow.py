@@ -277,10 +277,12 @@ def test_slots_stay_as_long_as_more_could_enter(tiny_policy: Decoder) -> None:
 
 
 def test_an_engine_used_before_samples_the_same_bits(tiny_policy: Decoder) -> None:
-    """The widths follow from the requests alone; and no program is traced twice."""
+    """The widths follow from the requests alone; and once all slots came back, no program is traced again."""
     made = engine(tiny_policy)
     submit(made)
     first, widths = finish(made, [tiny_policy])
+    submit(made)
+    finish(made, [tiny_policy])
     traced = made.trace_count
     submit(made)
     second, again = finish(made, [tiny_policy])
