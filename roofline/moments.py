@@ -49,8 +49,11 @@ ATTENDED_AT_ONCE = Moment(width=1, query=1, kv=1, scores=2, masks=1, mlp=3, atte
 PROJECTED = Moment(width=2, query=1, kv=2, mlp=3, attention=2)
 """Forward: queries, keys and values as one product of the layer's normalised input."""
 PROJECTED_WHOLE = Moment(width=1, query=3, kv=4, mlp=3, attention=2)
-"""The same where blocks of queries follow: taken apart and normalised, before they are cut; some schedules
-hold the rotated queries as well."""
+"""The same where blocks of queries follow: taken apart, and the block loop's output laid out, before they are
+cut."""
+PROJECTED_ONE_HEAD = replace(PROJECTED_WHOLE, query=PROJECTED_WHOLE.query + 1)
+"""The same of one key-value head on a device: its queries' normalisation is a step of its own, written out
+before they are rotated."""
 SCORES_BACK = Moment(width=4, query=5, kv=8, scores=3, attention=1)
 """Backward: scores, their weights and the weights' gradient."""
 SCORES_BACK_BESIDE = Moment(width=4, query=5, kv=8, scores=3, mlp=3, attention=2)
@@ -92,8 +95,9 @@ HEAD_LOGITS, HEAD_WIDTH = 4, 4
 beside them: the head's input and its gradient, as they are and in chunks."""
 ADAPTED_HEAD_LOGITS = 2
 """Where the head's matrix has no gradient."""
-SCORED_LOGITS = 2
-"""In forward."""
+SCORED_LOGITS, SCORED_LOGITS_DIVIDED = 1, 3
+"""In forward: what follows from the logits takes their place; where the tensor axis divides the vocabulary,
+devices agree on the largest first, and the logits less it and the target's stand beside them."""
 GATHERED_MATRIX = 2
 """The embedding as it arrived, and as it is read."""
 ROWS_SHARE_LAYER, ROWS_SHARE_HEAD, ROWS_SHARE_SUM = 2, 2, 4
@@ -144,7 +148,8 @@ def scoring_bytes(model: ModelConfig, layout: Layout, rows: Rows) -> float:
     part = shard(model, layout)
     matrix = part.vocab * part.width * FLOAT32_BYTES if layout.fsdp > 1 else 0
     hidden = rows.tokens * part.width * FLOAT32_BYTES
-    logits = SCORED_LOGITS * rows.logit_tokens * part.vocab * FLOAT32_BYTES
+    arrays = SCORED_LOGITS_DIVIDED if part.vocab_shards > 1 else SCORED_LOGITS
+    logits = arrays * rows.logit_tokens * part.vocab * FLOAT32_BYTES
     return max(
         GATHERED_MATRIX * matrix + hidden,
         matrix + forward_bytes(model, layout, rows),
@@ -156,8 +161,9 @@ def forward_bytes(model: ModelConfig, layout: Layout, rows: Rows) -> float:
     """Most that stands inside a layer of forward."""
     hidden = replace(HIDDEN, units=HIDDEN.units + adapted_halves(model))
     attended = ATTENDED_AT_ONCE if rows.at_once else ATTENDED
-    projected = PROJECTED if rows.at_once else PROJECTED_WHOLE
-    beside = (HALVES, projected) if layout.devices > 1 else ()
+    one_head = shard(model, layout).kv == model.head_size
+    in_blocks = PROJECTED_ONE_HEAD if one_head else PROJECTED_WHOLE
+    beside = (HALVES, PROJECTED if rows.at_once else in_blocks) if layout.devices > 1 else ()
     return _largest(model, layout, rows, (hidden, attended, *beside))
 
 

@@ -100,6 +100,7 @@ ON_MESHES = [
     *(replace(case, vocab=8192) for case in [*MESHES[:3], TENSOR_SHARDED]),
     *(replace(case, lora=8) for case in MESHES[:3]),
 ]
+ONE_KV_HEAD = replace(TENSOR_SHARDED, rows=32, mesh=(1, 1, 2), heads=(12, 2, 64))
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +144,13 @@ def test_decoding_needs_the_planned_memory(case: Case) -> None:
 @pytest.mark.parametrize("phase", [Phase.TRAIN, Phase.SCORE, Phase.OPTIMIZER, Phase.PUBLISH])
 def test_fsdp_and_tensor_parallel_devices_need_the_planned_memory(phase: Phase) -> None:
     assert_peak_planned(compiled(TENSOR_SHARDED, phase))
+
+
+@pytest.mark.parametrize(
+    "case", [ONE_KV_HEAD, replace(ONE_KV_HEAD, mesh=(1, 2, 2), heads=(8, 2, 32))]
+)
+def test_scoring_with_one_key_value_head_a_device_needs_the_planned_memory(case: Case) -> None:
+    assert_peak_planned(compiled(case, Phase.SCORE))
 
 
 @pytest.mark.slow
