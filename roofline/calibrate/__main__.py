@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,10 +28,12 @@ def main() -> None:
 
 def _run(options: argparse.Namespace) -> None:
     for name in ("slots", "kv_len", "rows", "row_tokens", "budget_s"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:
             raise ValueError(
-                f"--{name.replace('_', '-')}={getattr(options, name)} must be greater than 0"
+                f"--{name.replace('_', '-')}={getattr(options, name)} must be finite and greater than 0"
             )
+    if options.out is not None:
+        _try_to_write(options.out)
     settings = None if options.config is None else read_settings(options.config)
     if settings is None:
         model = QUICKSTART
@@ -60,6 +64,18 @@ def _run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(f"cannot write {place}: {error}") from error
         print(f"written to {place}")
+
+
+def _try_to_write(place: Path) -> None:
+    """Before a minute of measurements whose result would have nowhere to go."""
+    try:
+        if place.is_dir():
+            raise IsADirectoryError(f"it is a folder; name a file in it: {place / 'hardware.json'}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write --out={place}: {error}") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ import pytest
 from models.config import ModelConfig
 from roofline import cost
 from roofline.calibrate import Workload, cached_or_calibrate, calibrate, measure, timing
+from roofline.calibrate import __main__ as command
 from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
@@ -224,3 +225,35 @@ def test_without_time_phases_are_left_out_and_named() -> None:
     hardware = calibrate(MODEL, workload=SMALL, devices=jax.devices()[:1], budget_s=0.0)
     assert Phase.TRAIN.value in hardware.phase_efficiency
     assert any("left out" in line and "prefill" in line for line in hardware.source)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--slots", "0"], "--slots=0 must be finite and greater than 0"),
+        (["--budget-s", "nan"], "--budget-s=nan must be finite"),
+        (["--model", "qwen3-1.8b"], "did you mean 'qwen3-1.7b'"),
+        (["--config", "quickstrat"], "no configuration 'quickstrat'"),
+        (["--out", "tests"], "it is a folder; name a file in it: tests/hardware.json"),
+        (
+            ["--out", "pyproject.toml/hardware.json"],
+            "cannot write --out=pyproject.toml/hardware.json",
+        ),
+    ],
+)
+def test_bad_input_ends_the_command_in_one_line_before_anything_is_measured(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["calibrate", *arguments])
+    monkeypatch.setattr(command, "calibrate", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Error: ")
+    assert said.count("\n") == 1
+    assert words in said
