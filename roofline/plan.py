@@ -317,7 +317,15 @@ def describe(split: Split) -> str:
     generators, learner = _mesh(split, learner=False), _mesh(split, learner=True)
     if split.colocated:
         return f"colocated, generators {generators}, learner {learner}"
-    return f"{split.rollout.devices} generators {generators}, {split.learner.devices} learners {learner}"
+    counted = (
+        _counted(split.rollout.devices, "generator"),
+        _counted(split.learner.devices, "learner"),
+    )
+    return f"{counted[0]} {generators}, {counted[1]} {learner}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _mesh(split: Split, *, learner: bool) -> str:
