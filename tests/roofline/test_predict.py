@@ -42,7 +42,15 @@ costs = st.builds(
     amounts, amounts, amounts, amounts,
     st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 10**6),
 )  # fmt: skip
-machines = st.sampled_from(list(DATASHEETS.values()))
+shares = st.floats(0.01, 1)
+calibrations = st.builds(
+    Efficiency, compute=shares, memory=shares, link=shares, kernel_s=st.none() | st.floats(0, 1e-3),
+    call_s=st.floats(0, 1),
+)  # fmt: skip
+machines = st.builds(
+    lambda hardware, share: dataclasses.replace(hardware, phase_efficiency={"train": share}),
+    st.sampled_from(list(DATASHEETS.values())), calibrations,
+)  # fmt: skip
 
 
 @given(costs, machines)

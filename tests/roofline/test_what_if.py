@@ -11,10 +11,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from roofline.answer import answer, cost_of
 from roofline.choose import find_hardware, find_model
-from roofline.datasheets import datasheet
+from roofline.datasheets import DATASHEETS, datasheet
+from roofline.hardware import Hardware
 from roofline.phases import Phase
 from roofline.predict import predict
 from roofline.question import PHASES, Question, parse_sweep
@@ -22,6 +25,7 @@ from roofline.what_if import main
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_START_S = 0.5  # processor time of the interpreter with everything the command imports
+ROUNDING = 1 + 1e-9  # sums of floats in another order
 MODEL = find_model("qwen3-1.7b", 128)
 DECODE = Question(
     model=MODEL, hardware=datasheet("h100-sxm"), phase=Phase.DECODE, batch=256, kv_len=2048,
@@ -57,6 +61,23 @@ def test_every_phase_is_answered_within_its_bounds(phase: Phase) -> None:
     assert 0 <= seen.mfu <= 1
     assert 0 < seen.mbu <= 1
     assert 0 < sum(seen.memory_bytes.values()) <= question.hardware.hbm_bytes
+
+
+@given(
+    st.sampled_from([Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.TRAIN]),
+    st.sampled_from(list(DATASHEETS.values())), st.integers(1, 512), st.integers(1, 64),
+    st.sampled_from([1, 2, 8]), st.sampled_from([1, 2]),
+)  # fmt: skip
+def test_a_larger_batch_never_takes_less_time(
+    phase: Phase, hardware: Hardware, batch: int, more: int, tensor: int, data: int
+) -> None:
+    smaller = dataclasses.replace(
+        DECODE, hardware=hardware, phase=phase, batch=batch, tensor=tensor, data=data
+    )
+    larger = dataclasses.replace(smaller, batch=batch + more)
+    before, after = (predict(cost_of(one), hardware) for one in (smaller, larger))
+    for name in ("lower_s", "upper_s", "expected_s"):
+        assert getattr(before, name) <= getattr(after, name) * ROUNDING
 
 
 @pytest.mark.parametrize(
