@@ -209,7 +209,8 @@ def elsewhere_table(report: Report) -> Table:
     columns = ("hardware", "GPUs", "fastest split", "step", "samples/s", "staleness", "idle",
                "memory per GPU", "against this run")  # fmt: skip
     note = (
-        "Planned from the cost model with datasheet peaks and shares, never measured there. d data, "
+        "Planned from the cost model with datasheet peaks and shares, never measured there. A small "
+        "model's step is mostly fixed times of kernels, in which a larger card need not be faster. d data, "
         "f fsdp, t tensor parallel."
     )
     rows = [_elsewhere(e) for e in report.elsewhere]
