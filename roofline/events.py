@@ -253,10 +253,13 @@ class _Run:
     def _start_learner(self) -> None:
         buffer, pipeline = self.buffer, self.pipeline
         if self._waits_for_groups:  # one-step-off: trained, the other batch is still being sampled
-            if buffer.finished.total() == pipeline.prompts_per_step:
-                self._waits_for_groups = False
-                self._publish()
-        elif buffer.take():
+            if buffer.finished.total() < pipeline.prompts_per_step:
+                return
+            self._waits_for_groups = False
+            self._publish()
+            if self._publishes:
+                return
+        if buffer.take():
             self._learner_left = pipeline.learner_s
             if pipeline.mode is Mode.ONE_STEP_OFF:
                 buffer.free += pipeline.prompts_per_step

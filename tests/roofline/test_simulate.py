@@ -40,6 +40,15 @@ def test_a_synchronous_step_is_the_sum_of_its_phases() -> None:
     assert set(seen.staleness) == {0}
 
 
+def test_one_step_off_goes_on_after_a_publication_that_takes_no_time() -> None:
+    short = pipeline(
+        mode=Mode.ONE_STEP_OFF, prompts_per_step=1, group_size=2, slots=1, publish_s=0.0
+    )
+    instant = simulate(short, EVEN)
+    soon = simulate(dataclasses.replace(short, publish_s=1e-9), EVEN)
+    assert instant.step_s == pytest.approx(soon.step_s, abs=1e-8)
+
+
 @pytest.mark.parametrize("learner_s", [0.1, 2.0])
 def test_one_step_off_takes_the_longer_lane_and_the_publication(learner_s: float) -> None:
     seen = simulate(pipeline(mode=Mode.ONE_STEP_OFF, learner_s=learner_s), EVEN)
