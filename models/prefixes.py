@@ -74,7 +74,7 @@ def prefixed_attention(
         seen = jnp.arange(sum(map(num_tokens, values)))[None, :] <= own[:, None]
         alone = partial_attention(q, keys, values, seen)
         rows = prefixes.cache
-        of_rows = (read_of(held[layer], rows.prefix) for held in (rows.keys, rows.values))
+        of_rows = tuple(read_of(held[layer], rows.prefix) for held in (rows.keys, rows.values))
         tables = (prefixes.members, prefixes.lanes, prefixes.lengths)
         shared: Any = on_each_device(_over_rows, (q, *of_rows), tables, head_dim=1)
         return joined(alone, shared).astype(q.dtype)

@@ -127,6 +127,7 @@ class RolloutEngine:
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
         )
+        # partial: a function of this engine alone, so that its traces are counted alone
         self._take = jax.jit(partial(take_rows), static_argnames=("place",))
         self._recompute = jax.jit(
             partial(recompute_cache, dtype=dtype, attention=programs.prompts),
