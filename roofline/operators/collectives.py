@@ -10,6 +10,13 @@ device sends and Wl the link:
     Simple = a + d1 + d2     + e / (simple Wl)
     seconds = (LL^-s + LL128^-s + Simple^-s)^(-1/s)      a minimum without corners
 
+An all-to-all is a group of sends and receives, whose protocol NCCL picks by size alone: LL where the
+message to one peer has at most ll_bytes, else Simple; both spread larger messages over more channels,
+and LL sends a flag of 4 bytes beside each 4 (addP2pToPlan in src/enqueue.cc):
+
+    LL     = a + min(e / (ll Wl),  spread + e / (few simple Wl / 2))
+    Simple = a + d1 + min(e / (few simple Wl),  d2 + e / (simple Wl))    min without corners, as above
+
 One curve per collective and number of devices; in between, linear in the number of devices. Buffer
 bytes follow nccl-tests: what one device ends with (all-gather), starts with (reduce-scatter,
 all-to-all) or both (all-reduce). Egress: scaling book, gpus chapter.
@@ -21,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from roofline.hardware import Hardware
@@ -58,7 +65,30 @@ class ProtocolCurve:
     """Rate under Simple, as share of the link; near 1 for an all-reduce inside NVLink switches."""
 
 
-Curves = Mapping[str, Mapping[int, ProtocolCurve]]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SendCurve:
+    """All-to-all over one number of devices; see the module's formula."""
+
+    latency_s: float
+    """a: smallest message [s]."""
+    spread_s: float
+    """What LL on several channels starts later [s]."""
+    simple_s: float
+    """d1: what Simple starts later than the smallest message [s]."""
+    full_s: float
+    """d2: what Simple on all channels starts later still [s]."""
+    ll: float
+    """Rate of egress under LL on one channel, as share of the link."""
+    simple: float
+    """Rate under Simple on all channels, as share of the link."""
+    few: float
+    """Rate under Simple on few channels, as share of that on all; LL on as many has half."""
+    ll_bytes: float
+    """Largest message to one peer that goes by LL."""
+
+
+Curve = ProtocolCurve | SendCurve
+Curves = Mapping[str, Mapping[int, Curve]]
 """Curves of one library version by collective and number of devices."""
 
 
@@ -119,22 +149,45 @@ def collective_s(
     return max(in_node_s, network_s) + hops * NETWORK_HOP_S
 
 
-def curve_s(curve: ProtocolCurve, egress: float, link_bytes_per_s: float) -> float:
-    """Seconds of the fastest protocol for `egress` bytes per device."""
-    protocols = (
+def curve_s(curve: Curve, egress: float, link_bytes_per_s: float, devices: int) -> float:
+    """Seconds in which each of `devices` sends `egress` bytes."""
+    if isinstance(curve, SendCurve):
+        return _send_s(curve, egress, link_bytes_per_s, devices)
+    ll128_s = curve.latency_s + curve.ll128_s
+    return _fastest_s(
         curve.latency_s + egress / (curve.ll * link_bytes_per_s),
-        curve.latency_s + curve.ll128_s + egress / (curve.ll128 * link_bytes_per_s),
-        curve.latency_s
-        + curve.ll128_s
-        + curve.simple_s
-        + egress / (curve.simple * link_bytes_per_s),
+        ll128_s + egress / (curve.ll128 * link_bytes_per_s),
+        ll128_s + curve.simple_s + egress / (curve.simple * link_bytes_per_s),
     )
-    fastest = min(protocols)
-    return fastest * sum((fastest / t) ** CORNER for t in protocols) ** (-1 / CORNER)
+
+
+def _send_s(curve: SendCurve, egress: float, link_bytes_per_s: float, devices: int) -> float:
+    """Seconds of an all-to-all.
+
+    A message just above `ll_bytes` takes no less than one of that size: measured times do fall
+    there now and then, but a prediction must not.
+    """
+    full = curve.simple * link_bytes_per_s
+    by_ll = min(egress, curve.ll_bytes * (devices - 1))
+    ll_s = _fastest_s(
+        curve.latency_s + by_ll / (curve.ll * link_bytes_per_s),
+        curve.latency_s + curve.spread_s + 2 * by_ll / (curve.few * full),
+    )
+    if egress == by_ll:
+        return ll_s
+    simple_s = curve.latency_s + curve.simple_s
+    few_s = simple_s + egress / (curve.few * full)
+    return max(ll_s, _fastest_s(few_s, simple_s + curve.full_s + egress / full))
+
+
+def _fastest_s(*seconds: float) -> float:
+    """The smallest, without corners."""
+    fastest = min(seconds)
+    return fastest * sum((fastest / t) ** CORNER for t in seconds) ** (-1 / CORNER)
 
 
 def _in_node_s(
-    curves: Mapping[int, ProtocolCurve],
+    curves: Mapping[int, Curve],
     hardware: Hardware,
     kind: Collective,
     buffer_bytes: float,
@@ -145,12 +198,10 @@ def _in_node_s(
 
     def at(count: int) -> float:
         c = curves[count]
-        scaled = ProtocolCurve(
-            latency_s=c.latency_s * latency_scale, ll128_s=c.ll128_s * latency_scale,
-            simple_s=c.simple_s * latency_scale, ll=c.ll, ll128=c.ll128, simple=c.simple,
-        )  # fmt: skip
+        times = {f.name: getattr(c, f.name) for f in fields(c) if f.name.endswith("_s")}
+        scaled = replace(c, **{name: latency_scale * s for name, s in times.items()})
         sent = egress_bytes(kind, buffer_bytes, count)
-        return curve_s(scaled, sent, hardware.link_bytes_per_s)
+        return curve_s(scaled, sent, hardware.link_bytes_per_s, count)
 
     below = max((n for n in curves if n <= devices), default=min(curves))
     above = min((n for n in curves if n >= devices), default=max(curves))

@@ -34,7 +34,13 @@ from roofline.operators.attention import (
     decode_s,
     prefill_s,
 )
-from roofline.operators.collectives import ProtocolCurve, curve_s, egress_bytes
+from roofline.operators.collectives import (
+    Curve,
+    ProtocolCurve,
+    SendCurve,
+    curve_s,
+    egress_bytes,
+)
 from roofline.operators.gemm import GemmCoefficients, gemm_s
 from roofline.validate.kernels import COLLECTIVE_OF, DTYPES, decode_shape, prefill_shape
 from roofline.validate.kinds import Row
@@ -122,6 +128,15 @@ CURVE_SCALES = {
     "simple_s": positive(10 * MICRO), "ll": positive(0.02), "ll128": positive(0.5),
     "simple": positive(0.85),
 }  # fmt: skip
+SEND_SCALES = {
+    "latency_s": positive(12 * MICRO), "spread_s": positive(1 * MICRO),
+    "simple_s": positive(2 * MICRO), "full_s": positive(10 * MICRO), "ll": positive(0.02),
+    "simple": positive(0.85), "few": share(0.6),
+}  # fmt: skip
+LL_BYTES = (16 * 1024, 32 * 16 * 1024)
+"""Limits of LL for a message to one peer: 16 KiB (NCCL_P2P_LL_THRESHOLD) times the channels that such a
+message fills or, in older versions, times all 32 of a pair behind NVLink switches (NVIDIA/nccl
+src/enqueue.cc, addP2pToPlan: nChannels of Simple there, thresholdLL before)."""
 
 
 def shape_of(row: Row) -> str:
@@ -188,13 +203,26 @@ def decode_seconds(hardware: Hardware, *, splits_mha: bool) -> Seconds:
 
 
 def curve_seconds(hardware: Hardware) -> Seconds:
-    """Seconds of a collective row under coefficients by name."""
+    """Seconds of a collective row, no all-to-all, under coefficients by name."""
 
     def seconds(values: Mapping[str, float], row: Row) -> float:
-        sent = egress_bytes(COLLECTIVE_OF[row["op"]], row["bytes"], row["devices"])
-        return curve_s(ProtocolCurve(**values), sent, hardware.link_bytes_per_s)
+        return _curve_row_s(ProtocolCurve(**values), row, hardware)
 
     return seconds
+
+
+def send_seconds(hardware: Hardware, ll_bytes: float) -> Seconds:
+    """Seconds of an all-to-all row under coefficients by name."""
+
+    def seconds(values: Mapping[str, float], row: Row) -> float:
+        return _curve_row_s(SendCurve(**values, ll_bytes=ll_bytes), row, hardware)
+
+    return seconds
+
+
+def _curve_row_s(curve: Curve, row: Row, hardware: Hardware) -> float:
+    sent = egress_bytes(COLLECTIVE_OF[row["op"]], row["bytes"], row["devices"])
+    return curve_s(curve, sent, hardware.link_bytes_per_s, row["devices"])
 
 
 def errors(ratios: Sequence[float]) -> dict[str, float]:
@@ -246,18 +274,41 @@ def ratios(values: Mapping[str, float], rows: Sequence[Row], seconds: Seconds) -
 def fit_collectives(rows: Sequence[Row], hardware: Hardware) -> Fit:
     """Curves by library, collective and number of devices."""
     whole = Fit({}, [], [], [])
-    groups: dict[tuple[str, str, int], list[Row]] = {}
+    groups: dict[tuple[str, str], dict[int, list[Row]]] = {}
     for row in rows:
-        key = (row["stack"].strip(), COLLECTIVE_OF[row["op"]], row["devices"])
-        groups.setdefault(key, []).append(row)
-    for library, kind, devices in sorted(groups):
-        own = fit_one(groups[library, kind, devices], CURVE_SCALES, curve_seconds(hardware))
-        by_kind = whole.values.setdefault(library, {}).setdefault(kind, {})
-        by_kind[str(devices)] = own.values
-        whole.inside.extend(own.inside)
-        whole.left_out.extend(own.left_out)
-        whole.outside.extend(own.outside)
+        by_devices = groups.setdefault((row["stack"].strip(), COLLECTIVE_OF[row["op"]]), {})
+        by_devices.setdefault(row["devices"], []).append(row)
+    for library, kind in sorted(groups):
+        own = groups[library, kind]
+        if kind == "all_to_all":
+            found = fit_sends(own, hardware)
+        else:
+            seconds = curve_seconds(hardware)
+            found = {n: fit_one(own[n], CURVE_SCALES, seconds) for n in sorted(own)}
+        by_kind = whole.values.setdefault(library, {})
+        by_kind[kind] = {str(devices): one.values for devices, one in found.items()}
+        for one in found.values():
+            whole.inside.extend(one.inside)
+            whole.left_out.extend(one.left_out)
+            whole.outside.extend(one.outside)
     return whole
+
+
+def fit_sends(rows: Mapping[int, Sequence[Row]], hardware: Hardware) -> dict[int, Fit]:
+    """All-to-all curves of one library by number of devices, under the limit of LL, one for all of
+    them, that predicts left-out fitted rows best."""
+
+    def under(ll_bytes: int) -> dict[int, Fit]:
+        seconds = send_seconds(hardware, ll_bytes)
+        fits = {n: fit_one(rows[n], SEND_SCALES, seconds) for n in sorted(rows)}
+        for one in fits.values():
+            one.values["ll_bytes"] = ll_bytes
+        return fits
+
+    def off(fits: Mapping[int, Fit]) -> float:
+        return sum(abs(math.log(ratio)) for one in fits.values() for ratio in one.left_out)
+
+    return min(map(under, LL_BYTES), key=off)
 
 
 def fit_gpu(name: str, tables: Mapping[str, Sequence[Row]]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from roofline.operators.attention import (
 )
 from roofline.operators.collectives import (
     Collective,
+    Curve,
     Curves,
     ProtocolCurve,
+    SendCurve,
     collective_s,
 )
 from roofline.operators.gemm import GemmCoefficients, gemm_s
@@ -189,8 +191,12 @@ def operator_model(hardware: Hardware) -> OperatorModel:
 
 def read_curves(values: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Curves:
     """Curves from JSON, whose keys are strings."""
+
+    def read(kind: str, curve: Mapping[str, float]) -> Curve:
+        return SendCurve(**curve) if kind == "all_to_all" else ProtocolCurve(**curve)
+
     return {
-        kind: {int(devices): ProtocolCurve(**curve) for devices, curve in by_devices.items()}
+        kind: {int(devices): read(kind, curve) for devices, curve in by_devices.items()}
         for kind, by_devices in values.items()
     }
 

@@ -8,6 +8,7 @@ from roofline.datasheets import DATASHEETS, datasheet
 from roofline.operators.collectives import (
     COLLECTIVES,
     ProtocolCurve,
+    SendCurve,
     collective_bound_s,
     curve_s,
     egress_bytes,
@@ -59,7 +60,25 @@ def test_the_fastest_protocol_is_taken_for_each_size():
         (5e5, 13e-6 + 5e5 / (0.4 * link)),
         (1e9, 33e-6 + 1e9 / (0.8 * link)),
     ):
-        assert curve_s(curve, egress, link) == pytest.approx(expected, rel=0.01)
+        assert curve_s(curve, egress, link, devices=8) == pytest.approx(expected, rel=0.01)
+
+
+def test_sends_and_receives_take_the_protocol_of_their_size():
+    curve = SendCurve(
+        latency_s=10e-6, spread_s=3e-6, simple_s=6e-6, full_s=40e-6,
+        ll=0.01, simple=0.8, few=0.5, ll_bytes=2**19,
+    )  # fmt: skip
+    link, peers = 450e9, 7
+    few = 0.5 * 0.8 * link
+    for egress, expected in (
+        (1e2, 10e-6 + 1e2 / (0.01 * link)),
+        (2**19 * peers, 13e-6 + 2 * 2**19 * peers / few),  # a flag beside each 4 bytes
+        (2**20 * peers, 16e-6 + 2**20 * peers / few),
+        (1e9, 56e-6 + 1e9 / (0.8 * link)),
+    ):
+        assert curve_s(curve, egress, link, devices=8) == pytest.approx(expected, rel=0.01)
+    at_limit = curve_s(curve, 2**19 * peers, link, devices=8)
+    assert curve_s(curve, 2**19 * peers + 1, link, devices=8) >= at_limit
 
 
 def test_a_number_of_devices_that_was_not_measured_lies_between_its_neighbours():

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from roofline.datasheets import datasheet
-from roofline.operators.fit import CURVE_SCALES, curve_seconds, fit, fit_one, is_fitted, shape_of
+from roofline.operators.collectives import ProtocolCurve, SendCurve
+from roofline.operators.fit import (
+    CURVE_SCALES,
+    LL_BYTES,
+    curve_seconds,
+    fit,
+    fit_one,
+    fit_sends,
+    is_fitted,
+    send_seconds,
+    shape_of,
+)
 from roofline.operators.model import load_fitted, operator_model
 
 TRUTH = {
@@ -34,6 +45,23 @@ def test_a_curve_is_recovered_between_the_sizes_it_was_fitted_on():
     assert max(abs(ratio - 1) for ratio in found.outside) < 0.1  # noise 2 %, corners between sizes
     assert found.values["latency_s"] == pytest.approx(TRUTH["latency_s"], rel=0.05)
     assert found.values["simple"] == pytest.approx(TRUTH["simple"], rel=0.1)
+
+
+@pytest.mark.parametrize("ll_bytes", LL_BYTES)
+def test_the_limit_of_ll_is_found_from_the_fitted_sizes(ll_bytes):
+    h100 = datasheet("h100-80gb-sxm")
+    truth = {
+        "latency_s": 8e-6, "spread_s": 1e-6, "simple_s": 4e-6, "full_s": 25e-6,
+        "ll": 0.02, "simple": 0.7, "few": 0.75,
+    }  # fmt: skip
+    rows = {
+        n: [{**row, "op": "alltoall", "devices": n} for row in synthetic(noise=0.0)] for n in (4, 8)
+    }
+    for row in [*rows[4], *rows[8]]:
+        row["measured_s"] = send_seconds(h100, ll_bytes)(truth, row)
+    found = fit_sends(rows, h100)
+    assert {fit.values["ll_bytes"] for fit in found.values()} == {ll_bytes}
+    assert max(abs(ratio - 1) for fit in found.values() for ratio in fit.outside) < 0.1
 
 
 def test_one_wild_measurement_bends_the_curve_only_nearby():
@@ -72,4 +100,6 @@ def test_shipped_shares_are_shares():
         curves = [
             c for ops in model.curves.values() for by_n in ops.values() for c in by_n.values()
         ]
-        assert all(c.ll < c.ll128 < c.simple <= 1 for c in curves)
+        assert all(c.ll < c.simple <= 1 for c in curves)
+        assert all(c.ll < c.ll128 < c.simple for c in curves if isinstance(c, ProtocolCurve))
+        assert all(c.ll < c.few < 1 for c in curves if isinstance(c, SendCurve))
