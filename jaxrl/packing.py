@@ -41,6 +41,13 @@ class TrainSequence:
     reference_logprobs: np.ndarray | None = None  # [T] float32
     values: np.ndarray | None = None  # [T] float32
     returns: np.ndarray | None = None  # [T] float32
+    kept: np.ndarray | None = None
+    """[T] bool, the loss tokens that rejection sampling keeps; None: all. The others have weight 0."""
+
+    @property
+    def counted(self) -> np.ndarray:
+        """[T] bool, the loss tokens in denominators and spreads."""
+        return self.loss_mask if self.kept is None else self.kept
 
 
 _SCORES = ("learner_logprobs", "learner_entropy", "reference_logprobs", "values", "returns")

@@ -94,6 +94,8 @@ def _correction(grpo: GrpoConfig) -> str:
         parts.append(f"off-policy mask {grpo.off_policy_bound:g}")
     elif grpo.sequence_mask != "none":
         parts.append(f"{grpo.sequence_mask} mask [{grpo.mask_low:g}, {grpo.mask_high:g}]")
+    if grpo.correction_denominator == "kept":
+        parts.append("rejected uncounted")
     if grpo.kl_weight and grpo.kl_in == "loss":
         weighted = "weighted " if grpo.kl_importance else ""
         parts.append(f"{weighted}{grpo.kl_estimator} {grpo.kl_weight:g}")

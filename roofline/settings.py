@@ -119,6 +119,7 @@ class GrpoSettings:
     sequence_mask: str = "none"
     entropy_shaping: float = 0.0
     top_entropy_share: float = 1.0
+    correction_denominator: str = "all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +165,7 @@ class Settings:
             or grpo.advantage_baseline == "value"
             or grpo.kl_in == "reward"
             or grpo.top_entropy_share < 1
+            or grpo.correction_denominator == "kept"
         )
         return int(scores_first) + int(self.scores_reference)
 

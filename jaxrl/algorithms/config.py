@@ -138,6 +138,11 @@ class GrpoConfig:
     """Upper bound of sequence_mask."""
     off_policy_bound: float = 0.5
     """off_policy: largest mean of log sampler - log policy over a completion with A < 0 [nats]."""
+    correction_denominator: Literal["all", "kept"] = "all"
+    """Tokens counted by the aggregation, where correction=masked or a sequence_mask leaves some out: all
+    (AReaL, verl's IcePop weights), or kept: rejection sampling as verl's rollout_rs, which takes them out of
+    the response mask, hence also out of KL, entropy bonus, value loss and the spreads token_std and
+    minibatch_std. Rewards, returns and the group's mean and std are of all. Costs a forward pass per batch."""
 
     kl_weight: float = 0.0
     """Weight of the KL to the reference; 0 keeps no reference."""
@@ -211,6 +216,7 @@ class GrpoConfig:
             or self.advantage_baseline == "value"
             or self.kl_in == "reward"
             or self.top_entropy_share < 1
+            or self.correction_denominator == "kept"
         )
 
     @property

@@ -42,6 +42,7 @@ def check_algorithm(c: GrpoConfig) -> None:
     _check_advantage(c)
     _check_ratio(c)
     _check_correction(c)
+    _check_rejection(c)
     _check_kl(c)
 
 
@@ -99,6 +100,11 @@ def _check_batch(c: GrpoConfig) -> None:
         not c.count_masked or (c.minibatches == 1 and c.top_entropy_denominator == "all"),
         "grpo.count_masked=true counts over the whole batch; set grpo.minibatches=1 and "
         "grpo.top_entropy_denominator=all, or grpo.count_masked=false",
+    )
+    _check(
+        not c.count_masked or c.correction_denominator == "all",
+        "grpo.count_masked=true counts completions without loss, which grpo.correction_denominator=kept "
+        "does not; set grpo.count_masked=false, or grpo.correction_denominator=all",
     )
 
 
@@ -252,6 +258,31 @@ def _check_correction(c: GrpoConfig) -> None:
         0 <= c.mask_low < 1 < c.mask_high,
         f"grpo.mask_low={c.mask_low} and grpo.mask_high={c.mask_high} must lie on either side of 1, the "
         "ratio of equal policies; usual: 0.999 and 1.001 (geometric), 0.5 and 2 (product)",
+    )
+
+
+def _check_rejection(c: GrpoConfig) -> None:
+    """What is left out of the denominators is known before the first update."""
+    if c.correction_denominator == "all":
+        return
+    _check(
+        c.correction == "masked" or c.sequence_mask != "none",
+        f"grpo.correction_denominator=kept with grpo.correction={c.correction} and "
+        "grpo.sequence_mask=none: nothing is left out that could be uncounted; set grpo.correction=masked or "
+        "grpo.sequence_mask=geometric, product or outlier, or grpo.correction_denominator=all",
+    )
+    _check(
+        c.sequence_mask != "off_policy",
+        "grpo.correction_denominator=kept with grpo.sequence_mask=off_policy: that mask follows the policy in "
+        "training, and denominators are made before the first update; set grpo.sequence_mask=geometric, "
+        "product or outlier, or grpo.correction_denominator=all",
+    )
+    by_token = c.correction == "masked" and c.correction_level == "token"
+    _check(
+        not (by_token and c.ratio.startswith("gspo")),
+        f"grpo.correction_denominator=kept with grpo.correction_level=token takes tokens out of the sequences "
+        f"whose ratio grpo.ratio={c.ratio} is; set grpo.correction_level=sequence or geometric, a ratio per "
+        "token: ppo, cispo, or grpo.correction_denominator=all",
     )
 
 

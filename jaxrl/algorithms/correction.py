@@ -3,7 +3,8 @@
 The sampler is another program at another precision, possibly with older weights. The weight
 w = learner / sampler multiplies the policy loss after clipping. Only for ratios whose denominator
 is the learner: with the sampler in the denominator the ratio already is this weight. Whatever is
-masked stays in the denominators of the aggregation. R rows, T tokens.
+masked stays in the denominators of the aggregation, unless correction_denominator=kept takes it out
+before they are made (jaxrl.learner.prepare). R rows, T tokens.
 """
 
 from __future__ import annotations

@@ -103,6 +103,28 @@ def policy_loss(
     return loss, lax.stop_gradient(reduce_curves(parts, curves, mask))
 
 
+def kept_tokens(learner_logprobs: jax.Array, batch: Batch, settings: GrpoConfig) -> jax.Array:
+    """Loss tokens that the correction leaves in: verl's response mask after rejection sampling.
+
+    Each mask looks at the whole completion (verl's rollout_corr_helper), and the learner is that of
+    learner_logprobs, the start of the step, so that the masks hold for every update.
+
+    Args:
+        learner_logprobs: [R, T] float32.
+        batch: packed rows.
+        settings: correction and sequence_mask, not off_policy.
+
+    Returns:
+        [R, T] bool.
+    """
+    mask = batch.loss_mask
+    learner, sampler = _constant(learner_logprobs, mask), _constant(batch.sampler_logprobs, mask)
+    weights, _ = _correction(learner, sampler, batch, settings)
+    kept, _ = _sequence_mask(learner, learner, sampler, batch.advantages, batch, settings)
+    inside = mask & (weights > 0)
+    return inside if kept is None else inside & kept
+
+
 def sft_loss(logprobs: jax.Array, batch: Batch) -> jax.Array:
     """Cross-entropy -sum(token_weights * logprobs) of one micro-batch; add over micro-batches.
 

@@ -2,6 +2,7 @@
 
     groups --> rewards, group advantages, filters          (jaxrl.packing, from the rewards alone)
            --> scores under the weights before the first update      only where something needs them
+           --> what rejection sampling keeps, of stored log-probabilities alone
            --> advantages per token: KL in the reward, critic, token spread
            --> minibatches of whole groups, their spreads, tokens of high entropy and denominators
            --> packed micro-batches
@@ -31,6 +32,7 @@ from jaxrl.algorithms.aggregation import token_weights
 from jaxrl.algorithms.config import GrpoConfig
 from jaxrl.algorithms.contradictions import GROUP_BASELINES
 from jaxrl.algorithms.kl import adapted_kl_weight, host_kl
+from jaxrl.algorithms.loss import kept_tokens
 from jaxrl.batch import Batch
 from jaxrl.learner.learner import Scores
 from jaxrl.packing import PackingStats, TrainSequence, groups_to_sequences, pack, unpack
@@ -93,6 +95,8 @@ def prepare(
     sequences, metrics = groups_to_sequences(groups, settings, rows.max_new_tokens)
     if sequences and settings.scores_first:
         sequences = _scored(sequences, learner, rows)
+    if sequences and settings.correction_denominator == "kept":
+        sequences = _rejected(sequences, settings, rows)
     if sequences and (settings.token_rewards or settings.kl_in == "reward"):
         sequences, curves = _rewarded(sequences, settings, learner.kl_weight)
         metrics |= curves
@@ -149,6 +153,16 @@ def _scored(sequences: list[TrainSequence], learner: Scorer, rows: Rows) -> list
         )
         for n, s in enumerate(sequences)
     ]  # fmt: skip
+
+
+def _rejected(
+    sequences: list[TrainSequence], settings: GrpoConfig, rows: Rows
+) -> list[TrainSequence]:
+    """The sequences with what is left of them, by the equations that the loss masks with."""
+    batches, _ = rows.pack(sequences)
+    kept = [np.asarray(kept_tokens(b.learner_logprobs, b, settings)) for b in batches]
+    flags = unpack(sequences, kept, row_tokens=rows.row_tokens, shared=rows.shared)
+    return [replace(s, kept=flag > 0) for s, flag in zip(sequences, flags, strict=True)]
 
 
 def _rewarded(
@@ -221,10 +235,10 @@ def _spread(sequence: TrainSequence, values: float | np.ndarray) -> np.ndarray:
 
 
 def _whitened(sequences: list[TrainSequence], ddof: int) -> list[TrainSequence]:
-    """Advantages whitened over the loss tokens of the whole batch."""
+    """Advantages whitened over the counted tokens of the whole batch."""
     if not sequences:
         return []
-    mask = np.concatenate([s.loss_mask for s in sequences])
+    mask = np.concatenate([s.counted for s in sequences])
     white = whiten(np.concatenate([s.advantages for s in sequences]), mask, ddof)
     ends = np.cumsum([len(s.tokens) for s in sequences])
     parts = np.split(white, ends[:-1])
@@ -235,7 +249,7 @@ def _high_entropy(
     sequences: list[TrainSequence], settings: GrpoConfig
 ) -> tuple[list[np.ndarray], Curves]:
     """The tokens of high entropy of each sequence, and the threshold."""
-    mask = np.concatenate([s.loss_mask for s in sequences])
+    mask = np.concatenate([s.counted for s in sequences])
     entropy = np.concatenate([_entropy_of(s) for s in sequences])
     flags = high_entropy_mask(entropy, mask, settings.top_entropy_share)
     kept = np.split(flags, np.cumsum([len(s.tokens) for s in sequences])[:-1])
@@ -261,7 +275,7 @@ def _minibatches(
     return [
         _minibatch([sequences[n] for n in where], settings, max_new_tokens)
         for where in chosen
-        if where.size
+        if any(sequences[n].counted.any() for n in where)
     ]
 
 
@@ -270,12 +284,12 @@ def _minibatch(
 ) -> tuple[list[TrainSequence], Curves]:
     """One optimizer batch with its own denominators, spread and entropy quantile; only tokens of high
     entropy keep their advantages, which are standardised before."""
-    kept, curves = [s.loss_mask for s in sequences], {}
+    kept, curves = [s.counted for s in sequences], {}
     if settings.top_entropy_share < 1:
         kept, curves = _high_entropy(sequences, settings)
     of_kept = settings.top_entropy_denominator == "kept"
-    if settings.minibatches > 1 or of_kept:
-        masks = kept if of_kept else [s.loss_mask for s in sequences]
+    if settings.minibatches > 1 or of_kept or settings.correction_denominator == "kept":
+        masks = kept if of_kept else [s.counted for s in sequences]
         sequences = _weighed(sequences, masks, settings, max_new_tokens)
     if settings.advantage_scale == "minibatch_std":
         sequences = _standardised(sequences, settings)
@@ -293,7 +307,7 @@ def _weighed(
     settings: GrpoConfig,
     max_new_tokens: int,
 ) -> list[TrainSequence]:
-    """The sequences with token weights whose denominators are over these alone."""
+    """The sequences with token weights whose denominators are over `masks` alone."""
     weights = token_weights(
         np.array([mask.sum() for mask in masks]),
         np.array([s.group for s in sequences]),
@@ -301,16 +315,16 @@ def _weighed(
         constant=float(max_new_tokens),
     )
     return [
-        replace(s, token_weights=_spread(s, weight))
+        replace(s, token_weights=np.where(s.counted, np.float32(weight), np.float32(0)))
         for s, weight in zip(sequences, weights, strict=True)
     ]
 
 
 def _standardised(sequences: list[TrainSequence], settings: GrpoConfig) -> list[TrainSequence]:
-    """Advantages minus their mean over the sequences, divided by their standard deviation."""
+    """Advantages minus their mean over the counted sequences, divided by their standard deviation."""
     advantages = np.array([s.advantages[s.loss_mask][0] for s in sequences], np.float64)
     mean, variance = masked_moments(
-        advantages, np.ones(len(advantages), bool), settings.advantage_ddof
+        advantages, np.array([s.counted.any() for s in sequences]), settings.advantage_ddof
     )
     white = (advantages - mean) / (np.sqrt(variance) + settings.advantage_eps)
     return [_with(s, float(a)) for s, a in zip(sequences, white, strict=True)]

@@ -205,6 +205,86 @@ def dapo_overlong_correct(mb, batch):
     return papers.token_mean(pairs, lambda v, a: papers.min_clip(papers.ratio(v), a, 0.2, 0.28, 10))
 
 
+def _kept_mean(pairs, keep, term):
+    """verl's agg_loss, token-mean: over the response mask that rejection sampling has left."""
+    return sum((keep(v) * term(v, a)).sum() for v, a in pairs) / sum(
+        keep(v).sum() for v, _ in pairs
+    )
+
+
+def _near(v):
+    """Geometric rejection: one flag for all tokens of a completion; the fourth group loses all of its own."""
+    return np.full(v.n, 0.8 <= np.exp((v.lo - v.lb).mean()) <= 1.2)
+
+
+def sequence_mask_kept(mb, batch):
+    """Of the group's mean and spread everything is part, of the denominator what is kept."""
+    pairs = papers.paired(mb, lambda g: papers.norm([v.r for v in g]))
+    return _kept_mean(pairs, _near, lambda v, a: papers.min_clip(papers.ratio_b(v), a))
+
+
+def mis_kept(mb, batch):
+    """Both masks look at whole completions; the KL loses what is rejected."""
+
+    def keep(v):
+        w = np.exp(v.lo - v.lb)
+        return (w >= 0.8) & (w <= 1.25) & (0.62 <= np.exp((v.lo - v.lb).sum()) <= 2.1)
+
+    def term(v, a):
+        return np.exp(v.lo - v.lb) * papers.min_clip(papers.ratio(v), a) - 0.04 * papers.k3(v)
+
+    return _kept_mean(papers.paired(mb, lambda g: papers.norm([v.r for v in g])), keep, term)
+
+
+def scalerl_kept(mb, batch):
+    """A group whose every completion is rejected is no prompt of the mean."""
+    a = np.concatenate([papers.center([2 * v.r - 1 for v in group]) for group in batch])
+    scale = a.std(ddof=1) + 1e-6
+    each = [
+        _kept_mean(
+            papers.paired([group], lambda g: papers.center([2 * v.r - 1 for v in g]) / scale),
+            _near,
+            lambda v, a: papers.cispo_term(v, a, v.lb),
+        )
+        for group in mb
+        if any(_near(v).any() for v in group)
+    ]
+    return np.mean(each)
+
+
+def reinforce_pp_kept(mb, batch):
+    """Whitened over the tokens that are kept; returns are those of all."""
+    views = [v for group in batch for v in group]
+    every = np.concatenate([papers.returns(v, 0.01)[_near(v)] for v in views])
+    pairs = [
+        (v, (papers.returns(v, 0.01) - every.mean()) / np.sqrt(every.var(ddof=1) + 1e-8))
+        for group in mb
+        for v in group
+    ]
+    return _kept_mean(pairs, _near, lambda v, a: papers.min_clip(papers.ratio(v), a))
+
+
+def magistral_kept(mb, batch):
+    """The minibatch's moments are those of the completions that are kept."""
+    centered = papers.paired(
+        mb, lambda g: papers.center([v.r + papers.overlong(v, 0.1) for v in g])
+    )
+    kept = np.array([a for v, a in centered if _near(v).all()])
+    pairs = [(v, (a - kept.mean()) / (kept.std() + 1e-6)) for v, a in centered]
+    return _kept_mean(pairs, _near, lambda v, a: papers.min_clip(papers.ratio_b(v), a, 0.2, 0.28))
+
+
+def entropy_8020_rejected(mb, batch):
+    """The quantile is over the tokens that are kept; all of those are counted."""
+    views = [v for group in batch for v in group]
+    threshold = np.quantile(np.concatenate([v.entropy[_near(v)] for v in views]), 0.8)
+
+    def term(v, a):
+        return papers.min_clip(papers.ratio(v), a, 0.2, 0.28) * (v.entropy >= threshold)
+
+    return _kept_mean(papers.paired(mb, lambda g: papers.norm([v.r for v in g])), _near, term)
+
+
 VALUE_TARGETS = {
     "ppo": lambda v: papers.returns(v, 0.001),
     "ppo_shared": lambda v: papers.gae(v, None) + v.value,
@@ -222,7 +302,22 @@ def value_loss(mb, target, table, clip):
     return total / sum(v.n for group in mb for v in group)
 
 
-OPTIONS = {
+KEPT = {"correction_denominator": "kept"}
+GEOMETRIC = {"sequence_mask": "geometric", "mask_low": 0.8, "mask_high": 1.2}
+REJECTIONS = {
+    sequence_mask_kept: ("sequence_mask", GEOMETRIC | KEPT),
+    mis_kept: (
+        "mis",
+        {"correction_floor": 0.8, "correction_cap": 1.25, "sequence_mask": "product",
+         "mask_low": 0.62, "mask_high": 2.1, "kl_weight": 0.04, "minibatches": 1} | KEPT,
+    ),
+    scalerl_kept: ("scalerl", GEOMETRIC | KEPT),
+    reinforce_pp_kept: ("reinforce_pp", GEOMETRIC | KEPT),
+    magistral_kept: ("magistral", GEOMETRIC | KEPT),
+    entropy_8020_rejected: ("entropy_8020", GEOMETRIC | KEPT),
+}  # fmt: skip
+"""What verl's rollout_rs makes of the algorithm files."""
+OPTIONS = REJECTIONS | {
     ppo_discounted: ("ppo_shared", {"gamma": 0.9}),
     deepseek_v32_masked: ("deepseek_v32", {"off_policy_bound": 0.05}),
     deepseek_v32_minibatches: ("deepseek_v32", {"minibatches": 2, "off_policy_bound": 0.2}),

@@ -179,6 +179,14 @@ def test_the_plan_counts_the_passes_of_every_algorithm(name: str) -> None:
     assert seen.updates_per_step == config.grpo.updates_per_step
 
 
+def test_the_plan_counts_the_pass_that_rejection_sampling_needs() -> None:
+    words = ["--config=quickstart", "--algorithm=sequence_mask"]
+    without = parse_args(words).config
+    config = parse_args([*words, "--grpo.correction-denominator=kept"]).config
+    seen = settings.settings_from(dataclasses.asdict(config))
+    assert seen.scoring_passes == config.grpo.scoring_passes == without.grpo.scoring_passes + 1
+
+
 @pytest.mark.usefixtures("optax_promotes")
 @pytest.mark.slow
 def test_a_short_run_on_two_devices_learns_on_the_split_that_was_chosen(

@@ -224,6 +224,19 @@ def test_microbatches_padding_order_and_shared_prompts_change_nothing(name):
     assert max(np.abs(one).max() for one in first) > 100 * LAYOUT
 
 
+@pytest.mark.parametrize(
+    "objective", paper_options.REJECTIONS, ids=lambda objective: objective.__name__
+)
+def test_rejection_is_over_the_optimizer_batch_in_any_layout(objective):
+    name, options = paper_options.REJECTIONS[objective]
+    settings = dataclasses.replace(_settings(name), **options)
+    first = _gradients(_groups(), settings, ROWS)
+    other = _gradients(_turned(name), settings, OTHER_ROWS)
+    for mine, expected in zip(other, first, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=LAYOUT)
+    assert max(np.abs(one).max() for one in first) > 100 * LAYOUT
+
+
 def _turned(name: str) -> list[RolloutGroup]:
     """The samples of each group from last to first; not where the first of equal answers counts."""
     if name == "ttrl":

@@ -1,5 +1,6 @@
 """Learner and preparation together: minibatches, scores, critic, refreshed reference, adapted KL."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -109,6 +110,53 @@ def test_minibatches_hold_whole_groups_and_have_denominators_of_their_own(small_
     tokens = sum(int(b.loss_mask.sum()) for batches in prepared.minibatches for b in batches)
     whole, _ = groups_to_sequences(_groups(), settings, 8)
     assert tokens == sum(int(s.loss_mask.sum()) for s in whole)
+
+
+def test_rejected_completions_have_no_weight_and_are_in_no_denominator(small_model):
+    """A completion is kept where its mean log-ratio is near 0: the sampler's values are around -2.6."""
+    settings = GrpoConfig(
+        sequence_mask="geometric", mask_low=0.95, mask_high=1.05, correction_denominator="kept"
+    )
+    prepared = prepare(_groups(), settings, ROWS, _learner(small_model, settings))
+    kept, rejected = 0, 0
+    for batch in prepared.minibatches[0]:
+        difference = batch.learner_logprobs - batch.sampler_logprobs
+        for row, ids in enumerate(batch.segment_ids):
+            for segment in range(1, ids.max() + 1):
+                loss = batch.loss_mask[row] & (ids == segment)
+                near = 0.95 <= np.exp(difference[row][loss].mean()) <= 1.05
+                assert np.all((batch.token_weights[row][loss] > 0) == near)
+                kept, rejected = kept + near * loss.sum(), rejected + (not near)
+    assert rejected > 0
+    weights = np.concatenate(
+        [b.token_weights[b.token_weights > 0] for b in prepared.minibatches[0]]
+    )
+    np.testing.assert_allclose(weights, 1 / kept, rtol=SUM_RTOL)
+
+
+def test_a_batch_whose_every_completion_is_rejected_makes_no_update(small_model):
+    settings = GrpoConfig(
+        sequence_mask="product", mask_low=0.0, mask_high=1 + 1e-9, correction_denominator="kept",
+        minibatches=2,
+    )  # fmt: skip
+    groups = [
+        dataclasses.replace(
+            group,
+            rollouts=tuple(
+                dataclasses.replace(
+                    r,
+                    completion=dataclasses.replace(
+                        r.completion, sampler_logprobs=r.completion.sampler_logprobs - 5
+                    ),
+                )
+                for r in group.rollouts
+            ),
+        )
+        for group in _groups()
+    ]
+    prepared = prepare(groups, settings, ROWS, _learner(small_model, settings))
+    assert prepared.minibatches == []
+    assert prepared.padding_ratio == 0.0
 
 
 def test_a_step_makes_every_update_the_first_at_ratio_one_and_traces_nothing_anew(small_model):

@@ -141,6 +141,7 @@ def test_the_listing_is_printed_without_a_run():
 
 
 BATCH = {"drop_zero_advantage": False}
+KEPT = {"correction_denominator": "kept"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +194,18 @@ BATCH = {"drop_zero_advantage": False}
         ({"entropy_shaping": 0.4, "entropy_shaping_bound": 1.0}, "advantages change sign"),
         ({"top_entropy_share": 0.0}, "must lie in"),
         ({"mask_low": 1.1}, "either side of 1"),
+        (KEPT, "nothing is left out that could be uncounted; set grpo.correction=masked or"),
+        ({"correction": "truncated", "ratio_from": "learner", **KEPT}, "nothing is left out"),
+        ({"sequence_mask": "off_policy", **KEPT}, "made before the first update"),
+        (
+            {"ratio": "gspo", "aggregation": "sequence_mean", "ratio_from": "learner",
+             "correction": "masked", **KEPT},
+            "set grpo.correction_level=sequence or geometric",
+        ),
+        (
+            {"mask_truncated": True, "count_masked": True, "sequence_mask": "product", **KEPT},
+            "does not; set grpo.count_masked=false",
+        ),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused_with_the_reason(settings, said):
@@ -236,6 +249,8 @@ def test_infinity_switches_a_bound_off(name):
         ({"epochs": 2}, False),
         ({"top_entropy_share": 0.2}, True),
         ({"sequence_mask": "geometric", "minibatches": 2}, True),
+        ({"sequence_mask": "geometric"}, False),
+        ({"sequence_mask": "geometric", **KEPT}, True),
     ],
 )
 def test_the_batch_is_scored_first_only_where_something_needs_it(settings, first):
