@@ -139,6 +139,12 @@ class Stage:
         return made[0], _placed(slots, made[0].places)
 
     @cached_property
+    def layers(self) -> Any:
+        """The snapshot as decode reads it."""
+        engine = self.engine[0]
+        return _placed(jax.eval_shape(engine.programs["split"], self.snapshot), engine.layer_places)
+
+    @cached_property
     def batch(self) -> Batch:
         """One packed micro-batch."""
         train, scored = self.config.train, self.config.grpo.scores_first
@@ -161,19 +167,19 @@ class Stage:
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of one device of each lane between programs: the state with the reference; two
-        snapshots, while a version arrives, and the slots. A frozen base is held once by each lane, and
-        once by both where it lies alike on the same devices."""
+        snapshots, while a version arrives, the one in use as decode reads it, and the slots. A frozen
+        base is held once by each lane, and once by both where it lies alike on the same devices."""
         reference = self.learner.needs_reference and self.learner.state.reference is None
         state = local_bytes(self.learner.state) + reference * local_bytes(self.trained)
-        slots = local_bytes(self.engine[1])
+        rollout = local_bytes((self.engine[1], self.layers))
         if self.frozen is None:
-            return {"learner": state, "rollout": 2 * local_bytes(self.snapshot) + slots}
+            return {"learner": state, "rollout": 2 * local_bytes(self.snapshot) + rollout}
         base, adapter = self.snapshot.base, self.snapshot.adapter
-        learner, rollout = local_bytes(self.frozen), local_bytes(base)
-        if self.config.mesh.colocated and learner == rollout:
-            rollout = 0
+        learner, held = local_bytes(self.frozen), local_bytes(base)
+        if self.config.mesh.colocated and learner == held:
+            held = 0
         return {
-            "learner": state + learner, "rollout": rollout + 2 * local_bytes(adapter) + slots,
+            "learner": state + learner, "rollout": rollout + held + 2 * local_bytes(adapter),
         }  # fmt: skip
 
     # -- programs ----------------------------------------------------------------------------------
@@ -203,7 +209,7 @@ class Stage:
         )
         return Program(
             phase=Phase.DECODE, lane="rollout", function=engine.programs["decode"],
-            arguments=(self.snapshot, slots, self._on_rollout((), jnp.int32)),
+            arguments=(self.snapshot, self.layers, slots, self._on_rollout((), jnp.int32)),
             options={"steps": rollout.chunk_steps, "filtered": False, "greedy": False},
             mesh=self.rollout_mesh, trips=rollout.chunk_steps,
             cost=self.shapes.decode(longest, rollout.chunk_steps),
@@ -213,7 +219,7 @@ class Stage:
                 self.model, layout, Phase.DECODE, rows=rollout.slots, row_tokens=longest,
                 prefixes=shared,
             ),
-            resident=local_bytes((self.snapshot, slots)),
+            resident=local_bytes((self.snapshot, self.layers, slots)),
         )  # fmt: skip
 
     def _score(self) -> Program:

@@ -19,9 +19,15 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from models.activations import ROW_AXES
 from models.config import ModelConfig
-from models.decoder import Decoder, abstract_decoder
+from models.decoder import Decoder, FusedLayer, Policy, abstract_decoder, split_layers
 from models.lora import AdaptedDecoder, Adapter, adapter_table, init_adapter, merged
-from models.parameters import Parameter, outer_table, stacked_layer_table
+from models.parameters import (
+    Parameter,
+    input_dims,
+    layer_table,
+    outer_table,
+    stacked_layer_table,
+)
 
 MESH_AXES = ("data", "fsdp", "tensor")
 LOGICAL_TO_MESH: dict[str, str] = {
@@ -85,6 +91,32 @@ def policy_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> Decoder:
     """
     table = outer_table(config) | stacked_layer_table(config)
     return map_parameters(lambda name, _: _sharding(name, table[name], mesh), config)
+
+
+def split_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[FusedLayer, ...]:
+    """A NamedSharding for each array of `split_layers`: its dims lie as those of the parameters in it.
+
+    Raises: ValueError naming the first dimension that its mesh axis does not divide.
+    """
+    table = layer_table(config)
+    axes = {name: parameter.axes for name, parameter in table.items()}
+    axes |= {"qkv": axes["q"], "qkv_bias": axes["q"][1:]}
+    axes["gate_up"] = (axes["up"][0], None, *axes["up"][1:])
+
+    def leaf(path: tuple[Any, ...], abstract: Any) -> NamedSharding:
+        name, part = path[1].name, getattr(path[-1], "name", None)
+        dims, split = axes[name], input_dims("q" if name == "qkv" else name)
+        if part == "a":
+            dims = (*dims[:split], None)
+        elif part == "b":
+            dims = (None, *dims[split:])
+        return _sharding(name, Parameter(abstract.shape, dims), mesh)
+
+    policy: Policy = abstract_decoder(config)
+    if config.lora is not None:
+        adapter = jax.eval_shape(partial(init_adapter, config), jax.random.key(0))
+        policy = AdaptedDecoder(base=policy, adapter=adapter)
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(split_layers, policy))
 
 
 def decay_mask(config: ModelConfig) -> Decoder:

@@ -6,8 +6,9 @@
                                     2 free slots take queued samples; a prompt is prefilled once and its
                                       keys and values are copied to every slot that samples it, or to a row
                                       that these slots share
-                                    3 one jitted loop of decode steps over the slots; it ends early when
-                                      samples wait and idle slots have cost as much as refilling them will
+                                    3 new weights are laid out for decoding once, and one jitted loop of
+                                      decode steps runs over the slots; it ends early when samples wait and
+                                      idle slots have cost as much as refilling them will
                                     4 finished completions are returned, their slots are free again
 Weights may change between two chunks; each token keeps the version that produced it.
 """
@@ -62,8 +63,9 @@ from jaxrl.rollout.sampling import (
 from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Snapshot
 from models.config import ModelConfig
-from models.decoder import prefill
+from models.decoder import FusedLayer, prefill, split_layers
 from models.rows import PrefixRows
+from models.sharding import split_shardings
 
 __all__ = ["NO_BUDGET", "Request", "RolloutEngine", "SamplingParams"]
 
@@ -119,10 +121,13 @@ class RolloutEngine:
         self._decode = jax.jit(
             partial(decode_chunk, dtype=dtype, attention=programs.decode),
             static_argnames=("steps", "filtered", "greedy"),
-            donate_argnums=(1,),
+            donate_argnums=(2,),
             out_shardings=(shardings, self._host),
             compiler_options=decode_options(mesh.devices.flat[0]),
         )
+        self._layers: tuple[FusedLayer, ...] | None = None  # of the weights in use
+        self.layer_places = split_shardings(config, mesh)
+        self._split = jax.jit(partial(split_layers), out_shardings=self.layer_places)
         self._idle = jax.jit(
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
@@ -151,7 +156,7 @@ class RolloutEngine:
     @property
     def programs(self) -> dict[str, Any]:
         """The jitted phases by name, for `jaxrl.programs`."""
-        return {"prefill": self._prefill, "decode": self._decode}
+        return {"prefill": self._prefill, "split": self._split, "decode": self._decode}
 
     @property
     def is_idle(self) -> bool:
@@ -161,7 +166,9 @@ class RolloutEngine:
     @property
     def trace_count(self) -> int:
         """Programs traced so far over all jitted functions: flat once every bucket was met."""
-        return num_traces(self._prefill, self._admit, self._decode, self._recompute, self._take)
+        return num_traces(
+            self._prefill, self._admit, self._split, self._decode, self._recompute, self._take
+        )
 
     def submit(self, request: Request) -> None:
         """Queue the samples of a request."""
@@ -196,7 +203,7 @@ class RolloutEngine:
 
     def free(self) -> None:
         """Give the slots' memory back; the engine is of no use afterwards."""
-        for leaf in jax.tree.leaves(self._slots):
+        for leaf in jax.tree.leaves((self._slots, self._layers)):
             leaf.delete()
 
     def run_chunk(
@@ -251,6 +258,7 @@ class RolloutEngine:
         if snapshot.version == self._version:
             return
         self._kept = None  # prefilled under the old weights
+        self._layers = None
         if self._rows is not None:
             self._rows.forget()
         if self._recomputes and self._live and self._version is not None:
@@ -332,8 +340,11 @@ class RolloutEngine:
         needed, rest = self._split_slots(self.chunk_steps)
         traced = self.trace_count
         with self._observer.decode(version=snapshot.version) as work:
+            if self._layers is None:
+                self._layers = self._split(snapshot.policy)
             slots, on_device = self._decode(
                 snapshot.policy,
+                self._layers,
                 needed,
                 np.int32(self._refill_cost if more_waits and self._has_room else NO_BUDGET),
                 steps=self.chunk_steps,

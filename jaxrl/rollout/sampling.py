@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.attention import DecodeAttention
 from models.cache import KVCache, init_cache, insert_prompts, join_cache, split_cache
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, prefill, recompute, split_layers
+from models.decoder import Decoder, FusedLayer, Policy, decode_step, prefill, recompute
 from models.head import head_logits
 from models.prefixes import Prefixes, fill_rows, init_prefixes, replace_sequences
 from models.rows import PrefixRows, RowAttention
@@ -141,18 +141,19 @@ def sample_tokens(
 
 
 def decode_chunk(
-    policy: Decoder, slots: Slots, idle_budget: jax.Array, *, steps: int, dtype: jnp.dtype,
-    filtered: bool, greedy: bool, attention: DecodeAttention = "blocks",
+    policy: Policy, layers: tuple[FusedLayer, ...], slots: Slots, idle_budget: jax.Array, *, steps: int,
+    dtype: jnp.dtype, filtered: bool, greedy: bool, attention: DecodeAttention = "blocks",
 ) -> tuple[Slots, Chunk]:  # fmt: skip
     """Up to `steps` decode steps over all slots in one loop.
 
+    layers: those of `policy` by `split_layers`, which is a copy of the weights; made in here, every chunk
+    would pay for it.
     Ends early when every slot is idle, or once idle slots have cost `idle_budget` slot-steps ([] int32):
     the caller has work for them and knows what refilling them costs.
 
     All of the given cache is read: it must hold the longest live sequence plus `steps`, and need not
     hold more (`models.cache.split_cache`). Idle slots are computed and ignored.
     """
-    layers = split_layers(policy)  # sliced inside the loop, they would be copied in every step
     num_slots = slots.positions.shape[0]
     prefixes, slots = slots.prefixes, replace(slots, prefixes=None)  # read, not carried along
 

@@ -16,7 +16,7 @@ from jaxrl.observe import Observer
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.rollout.sampling import decode_chunk, empty_slots, inverse_cdf, processed_scores
 from jaxrl.types import Completion, Finish, Snapshot
-from models.decoder import Decoder, abstract_decoder, hidden_states
+from models.decoder import Decoder, abstract_decoder, hidden_states, split_layers
 from models.head import target_logprobs
 from models.sharding import make_mesh
 
@@ -172,6 +172,21 @@ def test_a_prompt_is_prefilled_once_for_its_group(tiny_policy: Decoder) -> None:
     assert sum(seen) == 5
 
 
+def test_weights_are_laid_out_for_decoding_once_per_version(tiny_policy: Decoder) -> None:
+    engine, seen = make_engine(tiny_policy, chunk_steps=2), []
+    params = SamplingParams(max_new_tokens=6, stop_ids=())
+    for version in (0, 1):
+        engine.submit(Request(stream=version, prompt=(2, 3), sample_indices=(0,), params=params))
+        while not engine.is_idle:
+            engine.run_chunk(Snapshot(version=version, policy=tiny_policy))
+            seen.append(engine._layers)
+    assert len(seen) == 6
+    assert [one is seen[0] for one in seen] == [True] * 3 + [False] * 3
+    assert all(one is seen[3] for one in seen[3:])
+    engine.free()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(engine._layers))
+
+
 def test_a_chunk_ends_once_idle_slots_cost_a_refill_and_work_waits(tiny_policy: Decoder) -> None:
     engine = make_engine(tiny_policy, num_slots=4, chunk_steps=8, refill_cost_steps=0.5)
     snapshot = Snapshot(version=0, policy=tiny_policy)
@@ -256,11 +271,12 @@ def test_a_decode_step_makes_at_most_three_arrays_of_all_logits(tiny_policy: Dec
         cache_dtype=jnp.dtype("float32"), attention="blocks",
     )  # fmt: skip
     program = jax.jit(
-        decode_chunk, static_argnames=("steps", "dtype", "filtered", "greedy"), donate_argnums=1
+        decode_chunk, static_argnames=("steps", "dtype", "filtered", "greedy"), donate_argnums=2
     )
+    policy = abstract_decoder(config)
     text = program.lower(
-        abstract_decoder(config), state, jnp.int32(1000), steps=4, dtype=jnp.dtype("float32"),
-        filtered=False, greedy=False,
+        policy, jax.eval_shape(split_layers, policy), state, jnp.int32(1000), steps=4,
+        dtype=jnp.dtype("float32"), filtered=False, greedy=False,
     ).compile().as_text()  # fmt: skip
     body = max(re.split(r"\n(?=%\S+ \(|ENTRY )", text), key=lambda part: part.count(" = "))
     made = re.findall(rf"= f32\[{slots},(?:96|3,32)\]\S* ([\w-]+)\(", body)

@@ -1,5 +1,6 @@
 """Eight devices compute what one computes; sizes that do not divide are refused."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -10,15 +11,17 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from models.cache import init_cache, insert_prompts
-from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, hidden_states, prefill
+from models.config import Lora, ModelConfig
+from models.decoder import Decoder, decode_step, hidden_states, prefill, split_layers
 from models.head import target_logprobs
 from models.sharding import (
+    adapt,
     batch_sharding,
     cache_shardings,
     init_sharded,
     make_mesh,
     policy_shardings,
+    split_shardings,
 )
 
 ATOL = 1e-5  # float32 sums in another order across devices
@@ -75,6 +78,30 @@ def test_loss_and_gradient_on_eight_devices_equal_one_device(axes, config):
     assert jax.tree.structure(grads8) == jax.tree.structure(grads)
     for a, b in zip(jax.tree.leaves(grads8), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, atol=ATOL)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["dense", "adapter"])
+def test_split_layers_lie_where_their_parameters_lie(mesh, adapted):
+    """Per device the bytes of its share of every matrix, and nothing is sent to lay them side by side."""
+    lora = Lora(rank=4, alpha=8.0, targets=("q", "v", "gate", "down"))
+    config = replace(CONFIG, lora=lora if adapted else None)
+    policy = init_sharded(config, jax.random.key(0), mesh, F32)
+    if adapted:
+        policy = adapt(policy, jax.random.key(1), mesh)
+    program = jax.jit(split_layers, out_shardings=split_shardings(config, mesh))
+    compiled = program.lower(policy).compile()
+    assert not re.findall(
+        r"all-gather|all-to-all|all-reduce|collective-permute", compiled.as_text()
+    )
+    layer = program(policy)[1]
+    shards = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for weight in (*layer.qkv, layer.attention_out, *layer.gate_up, layer.down):
+        whole = getattr(weight, "weight", weight)
+        assert whole.addressable_shards[0].data.size == whole.size // shards
+    for ours, plain in zip(
+        jax.tree.leaves(layer), jax.tree.leaves(split_layers(policy)[1]), strict=True
+    ):
+        np.testing.assert_array_equal(ours, plain)
 
 
 def test_decode_on_eight_devices_equals_one_device(mesh):
