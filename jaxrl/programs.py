@@ -202,6 +202,8 @@ class Stage:
     def _decode(self) -> Program:
         rollout, layout = self.config.rollout, self.shapes.rollout
         engine, slots = self.engine
+        base = self.snapshot if self.frozen is None else self.snapshot.base
+        outer = base.embedding, base.final_norm, base.head
         longest, local = slots.cache.max_tokens, ceil_div(rollout.slots, layout.row_shards)
         shared = self.shapes.prefixes
         once = traffic.forward(self.model, layout, local) + traffic.sampling(
@@ -219,7 +221,7 @@ class Stage:
                 self.model, layout, Phase.DECODE, rows=rollout.slots, row_tokens=longest,
                 prefixes=shared,
             ),
-            resident=local_bytes((self.snapshot, self.layers, slots)),
+            resident=local_bytes((outer, self.layers, slots)),
         )  # fmt: skip
 
     def _score(self) -> Program:

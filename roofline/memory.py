@@ -23,7 +23,8 @@ from roofline.parameters import held_parameters, trained_parameters
 from roofline.phases import Phase
 
 HELD = frozenset({
-    "parameters", "adapter", "gradients", "optimizer", "reference", "snapshots", "kv_cache", "prefixes",
+    "parameters", "adapter", "gradients", "optimizer", "reference", "snapshots", "fused_weights",
+    "other_weights", "kv_cache", "prefixes",
 })  # fmt: skip
 """Names of what stands before and after a program; the others come and go within one."""
 FORWARD_SCORES, BACKWARD_SCORES = 2, 3
@@ -122,7 +123,8 @@ def program_memory(
                 every["clipped_gradients"] = every["gradients"]
                 names = (*names, "clipped_gradients")
         case Phase.DECODE:
-            names = ("snapshots", "kv_cache", "prefixes", "step_logits", "fused_weights")
+            every["other_weights"] = every["snapshots"] - every["fused_weights"]
+            names = ("fused_weights", "other_weights", "kv_cache", "prefixes", "step_logits")
         case Phase.SCORE | Phase.REFERENCE:
             chunk = _chunk(layout, rows, row_tokens, chunk_tokens)
             every["scoring"] = round(_scoring_bytes(model, layout, rows, row_tokens, chunk))
