@@ -20,13 +20,14 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
 import numpy as np
 
 from roofline.lengths import Lengths
+from roofline.slots import Slots
 
 ROUNDING_S = 1e-12
 """Work left below this is rounding."""
@@ -212,11 +213,7 @@ class _Run:
         self._rollout_left = self._learner_left = inf  # work alone [s]; inf: nothing to do
         self._publishes, self._waits_for_groups = False, False
         self._weights = 0  # version that the slots sample with
-        self._live, self._chunk = 0, 0
-        self._queue = _Queue()
-        self._ends: dict[int, list[_Ending]] = {}  # chunk -> completions that end in it
-        self._births = np.zeros(0, np.int64)  # of group
-        self._unfinished = np.zeros(0, np.int64)  # samples left, of group
+        self._slots = Slots(pipeline.slots, pipeline.chunk_steps, pipeline.group_size)
         self._verifier_free = np.zeros(pipeline.verifiers)
         self._inline: Counter[int] = Counter()  # groups being verified on the rollout lane
         self._verified: list[tuple[float, int, int]] = []  # heap: time, birth, groups
@@ -237,7 +234,7 @@ class _Run:
         self._now += ahead
         if self._rollout_left < inf:
             self._rollout_s += ahead
-            self._slot_s += ahead * self._live
+            self._slot_s += ahead * self._slots.live
             self._rollout_left -= ahead / slow
         if self._learner_left < inf:
             self._learner_s += ahead
@@ -289,40 +286,21 @@ class _Run:
     def _start_chunk(self) -> None:
         pipeline = self.pipeline
         runs_dry = pipeline.mode is Mode.ASYNCHRONOUS and self._weights < self.buffer.version
-        if not runs_dry or self._live == 0:
+        if not runs_dry or self._slots.live == 0:
             self._weights = self.buffer.version
             admitted = self._admit()
         else:
             admitted = 0.0
-        if self._live == 0:
-            return
-        ending = self._ends.get(self._chunk, [])
-        last = sum(part.groups.size for part in ending) == self._live
-        steps = max(part.last_steps for part in ending) if last else pipeline.chunk_steps
-        self._rollout_left = admitted + steps * pipeline.decode_step_s
+        if self._slots.live:
+            self._rollout_left = admitted + self._slots.steps() * pipeline.decode_step_s
 
     def _admit(self) -> float:
         """Fill free slots; seconds of prefill."""
-        pipeline = self.pipeline
-        room = pipeline.slots - self._live
-        wanted = -(-max(0, room - self._queue.size) // pipeline.group_size)
-        if drawn := self.buffer.draw(wanted):
-            first = self._births.size
-            self._births = np.append(self._births, np.full(drawn, self.buffer.version))
-            self._unfinished = np.append(self._unfinished, np.full(drawn, pipeline.group_size))
-            groups = np.repeat(np.arange(first, first + drawn), pipeline.group_size)
-            self._queue.push(groups, self._lengths.draw(self._rng, groups.size))
-        groups, tokens = self._queue.pop(room)
-        if groups.size == 0:
+        pipeline, version = self.pipeline, self.buffer.version
+        if drawn := self.buffer.draw(self._slots.wanted()):
+            self._slots.queue(version, self._lengths.draw(self._rng, drawn * pipeline.group_size))
+        if not self._slots.enter():
             return 0.0
-        self._live += groups.size
-        order = np.argsort(tokens)
-        groups, tokens = groups[order], tokens[order]
-        chunks, rest = np.divmod(tokens - 1, pipeline.chunk_steps)
-        starts = np.flatnonzero(np.diff(chunks, prepend=-1)).tolist()
-        for start, end in zip(starts, [*starts[1:], groups.size], strict=True):
-            part = _Ending(groups[start:end], int(rest[end - 1]) + 1)
-            self._ends.setdefault(self._chunk + int(chunks[start]), []).append(part)
         return pipeline.admit_s + drawn * pipeline.prompt_s
 
     def _end_rollout(self) -> None:
@@ -334,65 +312,29 @@ class _Run:
             self._end_chunk()
 
     def _end_chunk(self) -> None:
-        self._chunk += 1
-        ending = self._ends.pop(self._chunk - 1, [])
-        if not ending:
-            return
-        groups, ended = np.unique(np.concatenate([p.groups for p in ending]), return_counts=True)
-        self._live -= int(ended.sum())
-        self._unfinished[groups] -= ended
-        complete = groups[self._unfinished[groups] == 0]
-        if complete.size:
+        if complete := self._slots.end_chunk():
             self._verify(complete)
 
-    def _verify(self, groups: np.ndarray) -> None:
-        """Hand complete groups to the verifiers; free ones take the next sample each."""
-        pipeline, births = self.pipeline, self._births[groups]
+    def _verify(self, complete: Counter[int]) -> None:
+        """Hand complete groups, by birth, to the verifiers; free ones take the next sample each."""
+        pipeline = self.pipeline
         if pipeline.verify_s == 0:
-            self.buffer.finished.update(births.tolist())
+            self.buffer.finished += complete
             return
+        tasks = complete.total() * pipeline.group_size
         if pipeline.verifiers == 0:
-            self._inline = Counter(births.tolist())
-            self._rollout_left = groups.size * pipeline.group_size * pipeline.verify_s
+            self._inline = complete
+            self._rollout_left = tasks * pipeline.verify_s
             return
         free = np.sort(np.maximum(self._verifier_free, self._now))
-        tasks = np.arange(groups.size * pipeline.group_size)
-        done = free[tasks % free.size] + (tasks // free.size + 1) * pipeline.verify_s
-        rounds, extra = divmod(tasks.size, free.size)
-        free += rounds * pipeline.verify_s
-        free[:extra] += pipeline.verify_s
+        rounds, place = np.divmod(np.arange(tasks), free.size)
+        done = free[place] + (rounds + 1) * pipeline.verify_s
+        free += tasks // free.size * pipeline.verify_s
+        free[: tasks % free.size] += pipeline.verify_s
         self._verifier_free = free
-        ready = done.reshape(groups.size, pipeline.group_size).max(axis=1)
-        for time_s, birth in zip(ready.tolist(), births.tolist(), strict=True):
-            heapq.heappush(self._verified, (time_s, birth, 1))
-
-
-@dataclass(frozen=True, slots=True)
-class _Ending:
-    """Completions that end in one chunk."""
-
-    groups: np.ndarray
-    """[n] group of each."""
-    last_steps: int
-    """Steps of that chunk until the last of them ends."""
-
-
-@dataclass(slots=True)
-class _Queue:
-    """Samples that wait for a slot, first in, first out."""
-
-    groups: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-
-    @property
-    def size(self) -> int:
-        return self.groups.size
-
-    def push(self, groups: np.ndarray, tokens: np.ndarray) -> None:
-        self.groups = np.concatenate([self.groups, groups])
-        self.tokens = np.concatenate([self.tokens, tokens])
-
-    def pop(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        taken = self.groups[:most], self.tokens[:most]
-        self.groups, self.tokens = self.groups[most:], self.tokens[most:]
-        return taken
+        ready, begin = done.reshape(-1, pipeline.group_size).max(axis=1), 0
+        for birth, groups in sorted(complete.items()):
+            at, counts = np.unique(ready[begin : begin + groups], return_counts=True)
+            begin += groups
+            for time_s, number in zip(at.tolist(), counts.tolist(), strict=True):
+                heapq.heappush(self._verified, (time_s, birth, number))

@@ -64,7 +64,7 @@ def pipeline_of(job: Job, split: Split, hardware: Hardware, mode: Mode) -> Pipel
 
 
 def scaled_split(job: Job, hardware: Hardware, devices: int) -> tuple[Job, Split]:
-    """The best split of one node on every node, the batch and the slots growing with the nodes.
+    """The best split of one node on every node; batch, slots and verifiers grow with the nodes.
 
     What 10,000 GPUs do is what one node does, side by side, but for the collectives, which leave
     the node. Raises: ValueError: a node holds nothing, or the nodes are not whole.
@@ -81,11 +81,15 @@ def scaled_split(job: Job, hardware: Hardware, devices: int) -> tuple[Job, Split
     best = advise(job, hardware, node).asynchronous
     if nodes == 1:
         return job, best
-    settings = job.settings
-    grpo = dataclasses.replace(
-        settings.grpo, prompts_per_step=settings.grpo.prompts_per_step * nodes
+    settings, task = job.settings, job.settings.task
+    settings = dataclasses.replace(
+        settings,
+        grpo=dataclasses.replace(
+            settings.grpo, prompts_per_step=settings.grpo.prompts_per_step * nodes
+        ),
+        task=dataclasses.replace(task, reward_workers=task.reward_workers * nodes),
     )
-    grown = dataclasses.replace(job, settings=dataclasses.replace(settings, grpo=grpo))
+    grown = dataclasses.replace(job, settings=settings)
     learner = learner_option(
         grown, spanning(hardware, devices), _times(best.learner, nodes),
         best.rows_per_microbatch * nodes,
