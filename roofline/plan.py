@@ -254,7 +254,7 @@ def verdict(advice: Advice, job: Job, hardware: Hardware, devices: int) -> list[
     best = advice.best
     lines = [
         f"lengths: {job.lengths.source}; mean {job.lengths.mean:.0f} tokens",
-        f"best: {describe(best)}: {si(best.step_s, 's')} per step, {best.samples_per_s:.4g} samples/s",
+        f"best: {describe(best)}: {si(best.step_s, 's')} per step, {si(best.samples_per_s)} samples/s",
         _regret(advice, devices),
     ]
     for fewer in _fewer(devices):
@@ -281,7 +281,7 @@ def choice(advice: Advice, job: Job, devices: int) -> list[str]:
     lines = [
         f"mesh auto: {describe(best)}, {best.slots} slots, {best.rows_per_microbatch} rows per "
         f"micro-batch: the fastest of {len(advice.splits)} splits that fit {devices} devices",
-        f"  predicted {si(best.step_s, 's')} per step, {best.samples_per_s:.4g} samples/s, staleness "
+        f"  predicted {si(best.step_s, 's')} per step, {si(best.samples_per_s)} samples/s, staleness "
         f"{best.staleness:.2f}, idle {best.idle:.0%}; {job.lengths.source}",
         f"  alone, generation takes {si(generates, 's')} of a step and learning {si(learns, 's')}",
     ]
@@ -351,8 +351,9 @@ def split_svg(advice: Advice) -> str:
 
 def _print_splits(advice: Advice, hardware: Hardware, console: Console, most: int) -> None:
     table = Table(
-        title=f"{len(advice.splits)} feasible splits on {hardware.name}", box=None, pad_edge=False
-    )
+        title=f"{len(advice.splits)} feasible splits on {hardware.name}", box=None, pad_edge=False,
+        collapse_padding=True,
+    )  # fmt: skip
     columns = ("", "split", "gen", "learn", "slots", "rows", "step", "samples/s", "stale", "idle",
                "GiB gen", "learn")  # fmt: skip
     for column in columns:
@@ -363,7 +364,7 @@ def _print_splits(advice: Advice, hardware: Hardware, console: Console, most: in
             "shared" if split.colocated
             else f"{split.rollout.devices}:{split.learner.devices}",
             _mesh(split, learner=False), _mesh(split, learner=True), str(split.slots),
-            str(split.rows_per_microbatch), si(split.step_s, "s"), f"{split.samples_per_s:.4g}",
+            str(split.rows_per_microbatch), si(split.step_s, "s"), si(split.samples_per_s),
             f"{split.staleness:.2f}", f"{split.idle:.0%}",
             f"{split.rollout_bytes / 2**30:.2f}", f"{split.learner_bytes / 2**30:.2f}",
         )  # fmt: skip
