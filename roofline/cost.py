@@ -46,7 +46,8 @@ from roofline.phases import Phase, PhaseCost
 from roofline.traffic import as_work
 
 __all__ = [
-    "Layout", "Remat", "decode", "optimizer", "prefill", "publish", "reference", "score", "train",
+    "Layout", "Remat", "checkpoint", "decode", "optimizer", "prefill", "publish", "reference",
+    "score", "train",
 ]  # fmt: skip
 
 Remat = Literal["none", "block"]
@@ -182,6 +183,13 @@ def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
     return _cost(Phase.OPTIMIZER, work, layout, dispatches=1)
 
 
+def checkpoint(model: ModelConfig, layout: Layout) -> PhaseCost:
+    """The trained parameters and AdamW's two moments in float32, read once on their way to the host: 12
+    bytes per parameter held. What the host and its disk take depends on neither model nor mesh."""
+    read = 3.0 * FLOAT32_BYTES * trained_parameters(model, layout)
+    return _cost(Phase.CHECKPOINT, Work(hbm_bytes=read, streamed_bytes=read), layout, dispatches=0)
+
+
 def publish(
     model: ModelConfig, learner: Layout, rollout: Layout, *, same_devices: bool = False
 ) -> PhaseCost:
@@ -210,16 +218,10 @@ def publish(
 
 def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
     return PhaseCost(
-        phase=phase,
-        flops=work.flops,
-        hbm_bytes=work.hbm_bytes,
-        streamed_bytes=work.streamed_bytes,
-        link_bytes=work.link_bytes,
-        launches=work.launches,
-        collectives=work.collectives,
-        dispatches=dispatches,
-        dtype=layout.compute_dtype,
-    )
+        phase=phase, flops=work.flops, hbm_bytes=work.hbm_bytes, streamed_bytes=work.streamed_bytes,
+        link_bytes=work.link_bytes, launches=work.launches, collectives=work.collectives,
+        dispatches=dispatches, dtype=layout.compute_dtype,
+    )  # fmt: skip
 
 
 def _scoring(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -276,6 +277,16 @@ def test_held_parameters_equal_one_devices_shards(
     memory = memory_per_device(model, layout, trains=True, rows=8, row_tokens=4)
     assert memory["parameters"] == 4 * held
     assert memory["optimizer"] == 8 * held
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_checkpoint_reads_the_arrays_of_the_state_once(model: ModelConfig) -> None:
+    policy = abstract_decoder(model)
+    arrays = jax.tree.leaves((policy, jax.eval_shape(optax.adamw(1e-3).init, policy)))
+    counted = [array for array in arrays if array.shape]  # the step's number is not
+    assert cost.checkpoint(model, Layout()).hbm_bytes == sum(
+        array.size * array.dtype.itemsize for array in counted
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
