@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from roofline.analyse import companies
@@ -204,13 +205,15 @@ def _of_job(options: argparse.Namespace, words: Sequence[str]) -> None:
     job, hardware = job_and_hardware(options, words)
     job, split = scaled_split(job, hardware, options.devices)
     modes = [Mode(options.mode)] if options.mode else list(Mode)
-    start = time.perf_counter()
+    start, bar = time.perf_counter(), Console(stderr=True)
     seen = {
         mode: simulate(
             pipeline_of(job, split, hardware, mode), job.lengths,
             steps=options.steps, seed=options.seed,
         )
-        for mode in modes
+        for mode in track(
+            modes, "simulating", console=bar, transient=True, disable=not bar.is_terminal
+        )
     }  # fmt: skip
     took_s = time.perf_counter() - start
     if options.json:
