@@ -123,7 +123,7 @@ def cached_attention(
     """One query per slot over its own cache: q [B, K, G, H] sees keys 0..positions[b] -> [B, K, G, H].
 
     keys and values are one layer's segments, laid out as `models.cache.init_cache` does for `program`.
-    Raises: ValueError if a kernel is given a cache in segments or of scaled numbers.
+    Raises: ValueError if a kernel is given a cache in segments, of scaled numbers or of another type than q.
     """
     with jax.named_scope("cached_attention"):
         if program in ("blocks", "xla"):
@@ -133,6 +133,11 @@ def cached_attention(
             raise ValueError(
                 f"decode attention {program} reads one segment of plain numbers, not "
                 f"{len(keys)} of {type(key).__name__}; use xla for this cache"
+            )
+        if not q.dtype == key.dtype == value.dtype:
+            raise ValueError(
+                f"decode attention {program} multiplies numbers of one type, not {q.dtype} queries with "
+                f"{key.dtype} keys and {value.dtype} values; make the cache in {q.dtype}, or use xla"
             )
         if program == "cudnn":
             return kernels.cudnn_cached(q, key, value, positions)

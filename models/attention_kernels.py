@@ -189,7 +189,11 @@ def pallas_cached(
     q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, *, interpret: bool
 ) -> jax.Array:
     """One query per slot: q [B, K, G, H] over keys and values [B, K, S, H] up to positions [B]; S a
-    multiple of 32. Blocks of keys past a slot's position are not read."""
+    multiple of 32. Blocks of keys past a slot's position are not read.
+
+    jax's kernel divides bfloat16 sums by a float32 number and so answers in float32, up to 0.11: taken as it
+    is, the next layer's queries would be float32 beside bfloat16 keys.
+    """
 
     def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
         b, k, g, h = q.shape
@@ -198,7 +202,7 @@ def pallas_cached(
             q.reshape(b, k * g, h), keys.swapaxes(1, 2), values.swapaxes(1, 2),
             kv_seq_len=positions + 1, block_k=block, k_splits=splits, interpret=interpret,
         )  # fmt: skip
-        return heads.reshape(q.shape)
+        return heads.reshape(q.shape).astype(q.dtype)
 
     return on_each_device(attend, (q, keys, values), (positions,), head_dim=1)
 

@@ -1,7 +1,9 @@
 """Every attention program computes what the products of xla do; what they are lowered to for a GPU."""
 
+import dataclasses
 import re
 from functools import partial
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from models.attention import (
+    DecodeAttention,
     attention_in_prompts,
     attention_in_rows,
     cached_attention,
@@ -19,6 +22,7 @@ from models.attention import (
 from models.attention_kernels import decode_blocks, segment_spans
 from models.cache import init_cache, insert_prompts, write_token
 from models.config import ModelConfig
+from models.decoder import abstract_decoder, decode_step
 from models.rows import MAX_SEGMENTS
 from models.sharding import make_mesh
 
@@ -204,6 +208,27 @@ def test_a_kernel_refuses_a_cache_in_8_bits() -> None:
     (held, values), at = filled(jnp.dtype(jnp.int8), "pallas", keys, keys)
     with pytest.raises(ValueError, match="use xla"):
         cached_attention(jnp.ones((4, 2, 3, 16)), held, values, at, "pallas")
+
+
+def test_a_kernel_refuses_a_cache_of_another_type_than_the_queries_and_names_both() -> None:
+    keys = jnp.ones((4, 2, 21, 16))
+    (held, values), at = filled(jnp.bfloat16, "pallas", keys, keys)
+    with pytest.raises(ValueError, match="not float32 queries with bfloat16 keys"):
+        cached_attention(jnp.ones((4, 2, 3, 16)), held, values, at, "pallas")
+
+
+@pytest.mark.parametrize("program", get_args(DecodeAttention))
+def test_every_layer_of_a_decode_step_computes_in_the_compute_type(program, on_hopper) -> None:
+    """A program that answered in float32 would make the next layer's queries float32."""
+    del on_hopper
+    model = dataclasses.replace(SHAPE, num_layers=2)
+    step = partial(decode_step, dtype=jnp.bfloat16, attention=program)
+    hidden, cache = jax.eval_shape(
+        step, abstract_decoder(model, jnp.bfloat16),
+        jax.eval_shape(lambda: init_cache(model, 4, 64, jnp.bfloat16, program)),
+        *[jax.ShapeDtypeStruct((4,), jnp.int32)] * 2,
+    )  # fmt: skip
+    assert {x.dtype for x in jax.tree.leaves((hidden, cache))} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize(
