@@ -154,13 +154,13 @@ def _summarised(total: _Totals, hardware: Hardware | None) -> PhaseSummary:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of python and of the packages that decide numbers; 'checkout' if not installed."""
+    """Versions of python and of the packages that decide numbers; jaxrl itself may be a 'checkout'."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = "checkout"
+            found[package] = "checkout" if package == "jaxrl" else "not installed"
     return found
 
 
