@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
+from benchmarks.gpu.cases import GPU
 from benchmarks.gpu.report import attention_table, foot, models, peer_rows, targets
 from benchmarks.gpu.store import load_results
 from jaxrl.attention import TABLE
@@ -31,19 +32,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=record.README)
     parser.add_argument("--attention", type=Path, default=TABLE)
     options = parser.parse_args(argv)
-    newest = {r["provenance"]["device"]: r for r in load_results(options.results)}
+    results = load_results(options.results)
+    newest = {r["provenance"]["device"]: r for r in results}
     if not newest:
         sys.exit(
             f"{options.results.name} holds no results of benchmarks/gpu_suite.py; run it on a GPU first"
         )
-    programs = attention_table(newest.values())
+    programs = attention_table(results)
     options.attention.write_text(json.dumps(programs, indent=1) + "\n", encoding="utf-8")
     made = "\n".join(block(content) for content in newest.values())
     record.put_into_readme(START, END, made, options.readme)
 
 
 def block(content: Mapping[str, Any]) -> str:
-    """One device: its phases, PyTorch beside it, how many figures were reached, where it comes from."""
+    """One device: its phases, PyTorch beside it, which figures were reached, how much of the suite this is,
+    where it comes from."""
     results = content["results"]
     rows = []
     for model in models(results):
@@ -62,11 +65,15 @@ def block(content: Mapping[str, Any]) -> str:
         for model in models(results)
         for name, ours, theirs, ratio in peer_rows(results, model)
     ]
-    missed = [f"{t.name} {t.verdict}" for t in targets(results) if t.verdict != "reached"]
+    reached = [t for t in targets(results) if t.reached is not None]
+    missed = [f"{t.name} {t.verdict}" for t in reached if t.verdict != "reached"]
+    cases = [case.name for case in GPU.cases()]
+    measured = sum(results.get(name, {}).get("status") == "done" for name in cases)
     words = [
-        *beside,
-        f"Figures not reached: {'; '.join(missed)}" if missed else "All figures reached",
-    ]
+        *beside, f"{len(reached) - len(missed)} of {len(targets(results))} figures reached",
+        *([f"Missed: {'; '.join(missed)}"] if missed else []),
+        *([f"{measured} of {len(cases)} cases measured so far"] if measured < len(cases) else []),
+    ]  # fmt: skip
     return (
         f"{content['provenance']['device']}:\n\n{record.table(HEAD, rows)}\n\n"
         f"{'. '.join(words)}.\n{foot(content)}"

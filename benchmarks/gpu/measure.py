@@ -46,6 +46,8 @@ class Prepared:
     before: Callable[[], None] = _nothing
     """Untimed, before every call of `once`."""
     close: Callable[[], None] = _nothing
+    programs: tuple[str, ...] = ()
+    """Compiled programs that are the phase, for a profile; empty: all that `once` runs."""
     facts: Callable[[], Result] = dict
     """More that the results should say."""
 
@@ -171,7 +173,7 @@ class Stopwatch(Observer):
     def publish(self, version: int) -> Observed:
         return self._timed(Phase.PUBLISH)
 
-    def phase(self, phase: Phase) -> Observed:
+    def phase(self, phase: Phase, *, step: int | None = None) -> Observed:
         return self._timed(phase)
 
     def waited_for_learner(self, start: float) -> None:

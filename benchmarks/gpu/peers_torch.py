@@ -1,6 +1,6 @@
 """The same shapes in transformers and PyTorch: python -m benchmarks.gpu.peers_torch, started by the suite.
 
-Same protocol as `benchmarks.gpu.worker`. Needs torch and transformers, not jax.
+Same protocol as `benchmarks.gpu.worker`, `benchmarks.gpu.protocol`. Needs torch and transformers, not jax.
 - generate: one batch of all samples, bfloat16 weights, sampling at temperature 1, every sample to its
   limit; with the dynamic cache, and with the static one, which transformers compiles.
 - train: forward, clipped policy loss, backward, gradient clipping, fused AdamW on float32 parameters
@@ -12,13 +12,10 @@ Same protocol as `benchmarks.gpu.worker`. Needs torch and transformers, not jax.
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +23,12 @@ import transformers
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.gpu.cases import GPU, MAX_ROUNDS, TINY, WARM_UPS, Case, Scale
+from benchmarks.gpu.protocol import ERROR_CHARACTERS, connect, told
 from benchmarks.record import spread
 
 ROUNDS = 3
 """Least of each case: a rollout takes many seconds."""
 ATTENTION = "sdpa"
-ERROR_CHARACTERS = 300
 CLIP = 0.2
 Result = dict[str, Any]
 
@@ -184,14 +181,7 @@ def _timed(peer: Peer, once: Callable[[], None], tokens: int, seconds: float) ->
 
 def main() -> None:
     """Serve one job."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    job = json.loads(sys.stdin.readline())
+    job, answer = connect()
     scale = GPU if job["scale"] == GPU.name else TINY
     seen = {"torch": torch.__version__, "transformers": transformers.__version__}
     if torch.version.cuda is not None:
@@ -199,19 +189,8 @@ def main() -> None:
     answer({"ready": seen})
     for fields in job["cases"]:
         case = Case(**fields)
-        answer({"begun": case.name})
-        began = time.perf_counter()
-        result: Result
-        try:
-            result = run_case(scale, case, "cuda" if job["device"] == "gpu" else "cpu")
-        except Exception as error:  # reported and stored as the outcome of this case
-            traceback.print_exc()
-            result = {
-                "status": "failed",
-                "why": f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS],
-            }
-        result["wall_s"] = time.perf_counter() - began
-        answer({"ended": case.name, "result": result})
+        device = "cuda" if job["device"] == "gpu" else "cpu"
+        told(case.name, partial(run_case, scale, case, device), answer)
 
 
 if __name__ == "__main__":

@@ -329,7 +329,7 @@ def train_case(bench: Bench, case: Case) -> Prepared:
     return Prepared(
         once=_learner_phase(bench, case, Phase.TRAIN), tokens=case.rows * case.tokens,
         useful=lambda: [floor], executed=lambda: [work], model_flops=flops,
-        facts=lambda: {"attention": attention},
+        facts=lambda: {"attention": attention}, programs=("jit_accumulate_grpo",),
     )  # fmt: skip
 
 
@@ -340,7 +340,7 @@ def optimizer_case(bench: Bench, case: Case) -> Prepared:
     work = [cost.optimizer(bench.model, bench.learner_layout)]
     return Prepared(
         once=_learner_phase(bench, small, Phase.OPTIMIZER), tokens=0,
-        useful=lambda: work, executed=lambda: work,
+        useful=lambda: work, executed=lambda: work, programs=("jit_apply_gradients",),
     )  # fmt: skip
 
 
@@ -377,5 +377,6 @@ def publish_case(bench: Bench, case: Case) -> Prepared:
         return {"copy_s": float(np.median(copied))}
 
     return Prepared(
-        once=once, tokens=0, useful=lambda: [work], executed=lambda: [work], facts=facts
-    )
+        once=once, tokens=0, useful=lambda: [work], executed=lambda: [work], facts=facts,
+        programs=("jit__cast",),
+    )  # fmt: skip

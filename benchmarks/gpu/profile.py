@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,17 @@ class Event:
     duration_ns: float
 
 
-def most_expensive(run: Callable[[], Any], dump: Path | None = None) -> list[dict[str, Any]]:
+def most_expensive(
+    run: Callable[[], Any], dump: Path | None = None, programs: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The SHOWN kernels that take most of the time of `run()`: name, source, calls, seconds, share.
 
-    dump: folder into which XLA wrote its programs (--xla_dump_to), for the sources.
+    dump: folder into which XLA wrote its programs (--xla_dump_to), for the sources. programs: only kernels of
+    those, and such as name none; empty: of all.
 
     Raises:
-        RuntimeError: the trace holds no kernel, as where the GPU's profiling interface is missing.
+        RuntimeError: the trace holds no kernel, as where the GPU's profiling interface is missing, or none of
+            these programs.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -48,7 +52,11 @@ def most_expensive(run: Callable[[], Any], dump: Path | None = None) -> list[dic
         lines = [line for trace in traces for line in _lines(trace)]
     if not any(lines):
         raise RuntimeError("the profiler's trace holds no kernel: it cannot see this device")
-    return ranked(lines, {} if dump is None else sources(dump))
+    kernels = ranked(lines, {} if dump is None else sources(dump), programs)
+    if not kernels:
+        ran = sorted({event.program for line in lines for event in line})
+        raise RuntimeError(f"the trace holds no kernel of {', '.join(programs)}, but of {ran}")
+    return kernels
 
 
 def _lines(trace: Path) -> list[list[Event]]:
@@ -92,12 +100,15 @@ def sources(dump: Path) -> dict[tuple[str, str], str]:
 
 
 def ranked(
-    lines: Iterable[Iterable[Event]], source_of: Mapping[tuple[str, str], str]
-) -> list[dict[str, Any]]:
-    """The SHOWN groups with the largest sum of own times."""
+    lines: Iterable[Iterable[Event]], source_of: Mapping[tuple[str, str], str],
+    programs: Sequence[str] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The SHOWN groups of these programs' kernels with the largest sum of own times; shares are of them."""
     total: dict[tuple[str, str, str], list[float]] = {}
     for line in lines:
         for event, own_ns in own_times(line):
+            if programs and event.program and event.program not in programs:
+                continue
             source = source_of.get((event.program, event.operation), "")
             key = (_NUMBER.sub("", event.kernel), source, event.program)
             entry = total.setdefault(key, [0, 0.0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu.cases import GPU, TINY, Case
-from benchmarks.record import table
+from benchmarks.record import shown, table
 
 HEAD = [
     "case", "bound ms", "predicted ms", "measured ms", "of bound", "measured / predicted", "binds",
@@ -58,6 +58,8 @@ def report(content: Mapping[str, Any]) -> str:
         if compared := peer_rows(results, model):
             head = ["beside PyTorch", "jaxrl", "PyTorch", "jaxrl / PyTorch"]
             parts.append(f"{table(head, compared)}\n")
+        if theirs := pytorch_rows(results, model):
+            parts.append(f"{table(['PyTorch', 'measured ms', 'tokens/s', 'peak GiB'], theirs)}\n")
         parts += _without_times(results, model)
     rows = [
         [t.name, f"{'<=' if t.most else '>='} {t.wanted:g}",
@@ -66,7 +68,11 @@ def report(content: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     if rows:
         parts.append(f"## Figures to reach\n\n{table(['figure', 'wanted', 'reached', ''], rows)}\n")
-    parts += [_kernels(name, kernels) for name, kernels in content["kernels"].items()]
+    profiles = content["profiles"].items()
+    parts += [_kernels(name, p["kernels"]) for name, p in profiles if "kernels" in p]
+    parts += [
+        f"Kernels of {name}: {p['status']}, {p['why']}.\n" for name, p in profiles if "why" in p
+    ]
     parts.append(LEGEND + "\n" + foot(content))
     return "\n".join(parts)
 
@@ -117,16 +123,30 @@ def phase_rows(results: Results, model: str) -> list[list[str]]:
     for name, r in results.items():
         if not name.startswith(f"{model} ") or r["status"] != "done" or "bound_s" not in r:
             continue
-        ms = {key: 1e3 * r["measured_s"][key] for key in ("median", "min", "max")}
         mfu = f"{r['mfu']:.1%}" if "mfu" in r else ""
         rate = f"{r['tokens_per_s']:,.0f}" if "tokens_per_s" in r else ""
         rows.append([
             name.removeprefix(f"{model} "), f"{1e3 * r['bound_s']:.2f}", f"{1e3 * r['expected_s']:.2f}",
-            f"{ms['median']:.2f} ({ms['min']:.2f} to {ms['max']:.2f})", f"{r['share_of_bound']:.1%}",
+            _milliseconds(r), f"{r['share_of_bound']:.1%}",
             f"{r['ratio']:.2f}", r["binds"], mfu, rate,
             ("" if r["peak_is_this_cases"] else "<= ") + f"{r['peak_bytes'] / 2**30:.1f}",
         ])  # fmt: skip
     return rows
+
+
+def _milliseconds(result: Mapping[str, Any]) -> str:
+    return shown({key: 1e3 * value for key, value in result["measured_s"].items()})
+
+
+def pytorch_rows(results: Results, model: str) -> list[list[str]]:
+    """One line per measured case of transformers and PyTorch; the peak is known on a GPU alone."""
+    start = f"{model} peers "
+    return [
+        [name.removeprefix(start), _milliseconds(r), f"{r['tokens_per_s']:,.0f}",
+         f"{r['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in r else ""]
+        for name, r in results.items()
+        if name.startswith(start) and r["status"] == "done"
+    ]  # fmt: skip
 
 
 def peer_rows(results: Results, model: str) -> list[list[str]]:
@@ -197,9 +217,10 @@ def _kernels(name: str, kernels: Sequence[Mapping[str, Any]]) -> str:
 
 def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Median seconds of each program of attention, by device kind and shape, of the first model measured: what
-    `jaxrl.attention.fastest` reads. Cases in the compute dtype alone; train with recomputation."""
+    `jaxrl.attention.fastest` reads. Cases in the compute dtype alone; train with recomputation. Of several
+    results of a device, oldest first, the last one that compares programs at a shape decides."""
     scales = {scale.name: scale for scale in (GPU, TINY)}
-    table: dict[str, list[dict[str, Any]]] = {}
+    found: defaultdict[str, dict[tuple[str, int, int], dict[str, float]]] = defaultdict(dict)
     for content in results:
         scale = scales[content["key"]["scale"]]
         model = next(iter(scale.models))
@@ -211,12 +232,16 @@ def attention_table(results: Iterable[Mapping[str, Any]]) -> dict[str, list[dict
                 shape = (case.kind, case.rows, case.tokens)
                 seconds[shape][result["attention"]] = result["measured_s"]["median"]
         made = content["provenance"]
-        table[made.get("seen", {}).get("device", made["device"])] = [
-            {"phase": kind, "rows": rows, "tokens": tokens, "seconds": found}
-            for (kind, rows, tokens), found in seconds.items()
-            if len(found) > 1
+        found[made.get("seen", {}).get("device", made["device"])] |= {
+            shape: of_programs for shape, of_programs in seconds.items() if len(of_programs) > 1
+        }
+    return {
+        device: [
+            {"phase": kind, "rows": rows, "tokens": tokens, "seconds": of_programs}
+            for (kind, rows, tokens), of_programs in shapes.items()
         ]
-    return table
+        for device, shapes in found.items()
+    }
 
 
 def _compares_programs(case: Case) -> bool:
@@ -233,10 +258,11 @@ SHARES = {
 
 
 def targets(results: Results) -> list[Target]:
-    """The figures to reach beside what these results reached; none for models without figures."""
+    """The figures to reach beside what these results reached; none for results of other models alone."""
     found: list[Target] = []
-    for model in (m for m in models(results) if m in SHARES):
-        wide, single, forward, train = SHARES[model]
+    if not SHARES.keys() & set(models(results)):
+        return found
+    for model, (wide, single, forward, train) in SHARES.items():
         found += [
             _best(results, f"{model} decode 256x512", "share_of_bound", wide),
             _best(results, f"{model} decode 1x512", "share_of_bound", single),
@@ -258,7 +284,7 @@ def targets(results: Results) -> list[Target]:
             ours, theirs = _pairs(results, model)[name]
             ratio = ours / theirs if ours and theirs else None
             found.append(Target(name=f"{model} {name} over PyTorch", wanted=wanted, reached=ratio))
-    return found + (_errors(results) if found else [])
+    return found + _errors(results)
 
 
 def _best(results: Results, case: str, key: str, wanted: float) -> Target:

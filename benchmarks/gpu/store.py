@@ -22,6 +22,8 @@ from roofline.hardware import Hardware
 
 SUITE = "gpu"
 """Marks results files of this suite."""
+RESULTS, PROFILES = "results", "profiles"
+"""What a file keeps of each case: how long it took beside the predictions, and the kernels of one call."""
 FINISHED = ("done", "no room", "skipped")
 """Outcomes that another call would not change; a failed case is tried again."""
 CUT_OFF = "cut off"
@@ -54,20 +56,21 @@ def digest_of_sources() -> str:
 
 
 class Store:
-    """One results file and its content."""
+    """One results file, its content, and which outcomes of it this call adds to: times or profiles."""
 
-    def __init__(self, path: Path, content: dict[str, Any]) -> None:
-        self.path, self.content = path, content
+    def __init__(self, path: Path, content: dict[str, Any], kept: str) -> None:
+        self.path, self.content, self._kept = path, content, kept
 
     @classmethod
     def open(
         cls, folder: Path, scale: Scale, device: str, commit: str | None,
-        more: Sequence[Path] = (record.RESULTS,),
+        more: Sequence[Path] = (record.RESULTS,), *, profiled: bool = False,
     ) -> Store:  # fmt: skip
         """The file of this key in `folder`, or a copy of the one in `more`, or a new one.
 
         commit: what HEAD is, for a checkout without git; None asks git.
         """
+        kept = PROFILES if profiled else RESULTS
         key = {
             "scale": scale.name, "device": device, "sources": digest_of_sources(),
             "versions": versions(),
@@ -76,28 +79,33 @@ class Store:
         for path in (p for where in (folder, *more) for p in sorted(where.glob(f"{name}-*.json"))):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.get("key") == key:
-                return cls(folder / path.name, content)._without_begun()
+                return cls(folder / path.name, content, kept)._without_begun()
         made = {**record.provenance(key["versions"]), "device": device}
         made["commit"] = commit or made["commit"]
-        content = {"suite": SUITE, "key": key, "provenance": made, "results": {}, "kernels": {}}
-        return cls(_new_path(folder, name), content)
+        content = {"suite": SUITE, "key": key, "provenance": made, RESULTS: {}, PROFILES: {}}
+        return cls(_new_path(folder, name), content, kept)
+
+    @property
+    def outcomes(self) -> dict[str, dict[str, Any]]:
+        """Of every case that this or an earlier call timed, or profiled if this one profiles."""
+        return self.content[self._kept]
 
     def _without_begun(self) -> Store:
         """Whatever was begun when the call of this file was killed was cut off."""
-        if name := self.content.pop("begun", None):
-            why = "the call was killed while it ran"
-            self.put(name, {"status": CUT_OFF, "why": why}, profiled=False)
+        if begun := self.content.pop("begun", None):
+            cut = {"status": CUT_OFF, "why": "the call was killed while it ran", "date": _now()}
+            self.content[begun["of"]][begun["case"]] = cut
         return self
 
     def begin(self, name: str) -> None:
         """Note on disk what runs now, in case nobody will be there to say how it ended."""
-        self.content["begun"] = name
+        self.content["begun"] = {"of": self._kept, "case": name}
         self.save()
 
     def expected_s(self, case: Case, scale: Scale) -> float:
         """Seconds that the case should take: as long as the longest of its kind did, or scale.first_s; one that
         was cut off longer than it had."""
-        results = self.content["results"]
+        results = self.outcomes
         names = [one.name for one in scale.cases() if one.kind == case.kind]
         took = [results[name].get("wall_s", 0.0) for name in names if name in results]
         own = results.get(case.name, {})
@@ -106,31 +114,23 @@ class Store:
 
     def was_tried(self, case: Case) -> bool:
         """It has run without success."""
-        return case.name in self.content["results"] and not self.is_finished(case)
+        return case.name in self.outcomes and not self.is_finished(case)
 
     def is_finished(self, case: Case) -> bool:
-        """Measured, or known not to work on this device."""
-        return self.content["results"].get(case.name, {}).get("status") in FINISHED
-
-    def is_profiled(self, case: Case) -> bool:
-        """Its kernels are known."""
-        return case.name in self.content["kernels"]
+        """Measured or profiled, or known not to work on this device."""
+        return self.outcomes.get(case.name, {}).get("status") in FINISHED
 
     def hardware(self, model: str) -> Hardware | None:
         """The calibration of a model on this device, if it was made."""
-        result = self.content["results"].get(Case(kind="calibrate", model=model).name, {})
+        result = self.content[RESULTS].get(Case(kind="calibrate", model=model).name, {})
         return Hardware.from_json(result["hardware"]) if "hardware" in result else None
 
-    def put(self, name: str, result: Mapping[str, Any], *, profiled: bool) -> None:
+    def put(self, name: str, result: Mapping[str, Any]) -> None:
         """Store the outcome of a case, on disk too."""
         self.content.pop("begun", None)
         if "why" in result:
             result = {**result, "why": _without_places(result["why"])}
-        date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-        if profiled and result["status"] == "done":
-            self.content["kernels"][name] = result["kernels"]
-        elif not profiled:
-            self.content["results"][name] = {**result, "date": date}
+        self.outcomes[name] = {**result, "date": _now()}
         self.save()
 
     def save(self) -> None:
@@ -143,6 +143,10 @@ class Store:
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(text, encoding="utf-8")
         partial.replace(self.path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _without_places(text: str) -> str:

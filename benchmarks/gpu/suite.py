@@ -76,14 +76,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
     scale = TINY if options.device == "cpu" else GPU
     out = options.out or (CPU_RESULTS if options.device == "cpu" else record.RESULTS)
-    store = Store.open(out, scale, device_name(options.device), options.commit)
+    store = Store.open(
+        out, scale, device_name(options.device), options.commit, profiled=options.profile
+    )
     call = Call(
         scale=scale, device=options.device, kinds=options.only, profile=options.profile,
         deadline_s=began + 60 * options.minutes - TO_STOP_S,
         models=options.models or list(scale.models),
     )  # fmt: skip
     left = run(call, store)
-    failed = [name for name, r in store.content["results"].items() if r["status"] == "failed"]
+    failed = [name for name, r in store.outcomes.items() if r["status"] == "failed"]
     print(
         f"{store.path.name}: {left or 'nothing'} left to do"
         + (f", failed: {failed}" if failed else "")
@@ -150,7 +152,7 @@ def _run_group(call: Call, store: Store, card: Watch, cases: Sequence[Case]) -> 
     why = "torch and transformers are not installed here"
     print(f"peers: skipped, {why}")
     for case in cases:
-        store.put(case.name, {"status": "skipped", "why": why}, profiled=False)
+        store.put(case.name, {"status": "skipped", "why": why})
     return []
 
 
@@ -164,18 +166,15 @@ def _wanted(call: Call, store: Store) -> list[Case]:
     """Unfinished cases of the chosen kinds, and the calibrations that they need; those that were tried and
     did not succeed last, so that none of them keeps the others waiting."""
     cases = [case for case in call.scale.cases() if case.model in call.models]
+    cases = [case for case in cases if not store.is_finished(case)]
     chosen = [case for case in cases if case.kind in call.kinds]
+    ours = [case for case in chosen if case.kind not in ("calibrate", "peers")]
     if call.profile:
-        return [
-            case for case in chosen
-            if case.kind not in ("calibrate", "peers") and not store.is_profiled(case)
-        ]  # fmt: skip
-    chosen = [case for case in chosen if not store.is_finished(case)]
-    needed = {case.model for case in chosen if case.kind not in ("calibrate", "peers")}
+        return sorted(ours, key=store.was_tried)
+    needed = {case.model for case in ours}
     wanted = [
         case for case in cases
-        if case in chosen
-        or (case.kind == "calibrate" and case.model in needed and not store.is_finished(case))
+        if case in chosen or (case.kind == "calibrate" and case.model in needed)
     ]  # fmt: skip
     return sorted(wanted, key=store.was_tried)
 
@@ -215,7 +214,7 @@ def _run_process(
             else:
                 clocks = card.between(since_s, time.monotonic())
                 result = answer["result"] | ({"card": clocks} if clocks else {})
-                store.put(answer["ended"], result, profiled=call.profile)
+                store.put(answer["ended"], result)
                 _write_report(store)
                 print(_line(answer["ended"], result), flush=True)
                 begun, limit.at_s = "", call.deadline_s
@@ -226,7 +225,7 @@ def _run_process(
             begun = begun or cases[0].name
             print(f"the process of {begun} ended early:\n{tail}", file=sys.stderr)
             why = f"its process ended early with code {process.returncode}"
-            store.put(begun, {"status": "failed", "why": why}, profiled=call.profile)
+            store.put(begun, {"status": "failed", "why": why})
             return _behind(cases, begun)
     return _too_late(call, store, cases, begun, time.monotonic() - since_s)
 
@@ -241,7 +240,7 @@ def _too_late(
     why = f"not done after {seconds:.0f} s" + (", when the call ended" if over else "")
     status = CUT_OFF if over else "failed"
     print(f"{begun}: {status}, {why}" + ("; give it more --minutes" if over else ""))
-    store.put(begun, {"status": status, "why": why, "wall_s": seconds}, profiled=call.profile)
+    store.put(begun, {"status": status, "why": why, "wall_s": seconds})
     return _behind(cases, begun)
 
 
@@ -267,7 +266,7 @@ def _send(process: subprocess.Popen[str], job: dict[str, Any]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it ended already: told by its caller
         process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.close()
+        process.stdin.flush()  # and not closed: `benchmarks.gpu.protocol` ends with it
 
 
 @contextlib.contextmanager
@@ -295,6 +294,9 @@ def _started(
         finally:
             process.kill()
             process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 def _answers(process: subprocess.Popen[str], limit: Limit) -> Iterator[dict[str, Any] | None]:

@@ -1,20 +1,14 @@
 """The process that runs cases: python -m benchmarks.gpu.worker. Started by `benchmarks.gpu.suite`.
 
-Reads one job (JSON) from standard input; answers with one JSON object per line on what was standard
-output: first what it runs on, then `begun` and `ended` of every case. Everything else that programs
-print goes to standard error.
+Reads one job and answers as `benchmarks.gpu.protocol` says.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import sys
 import time
-import traceback
-from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +19,7 @@ from benchmarks.gpu.grpo import grpo_case, rollout_case
 from benchmarks.gpu.measure import Prepared, Result, measure
 from benchmarks.gpu.phases import Bench, prepare
 from benchmarks.gpu.profile import most_expensive
+from benchmarks.gpu.protocol import ERROR_CHARACTERS, Answer, connect, told
 from jaxrl.attention import Table
 from jaxrl.devices import remember_programs
 from roofline.calibrate import calibrate
@@ -34,7 +29,6 @@ from roofline.hardware import Hardware
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 """How XLA names it."""
 GRPO_ROUNDS = 3
-ERROR_CHARACTERS = 300
 
 
 def make(bench: Bench, case: Case) -> Prepared:
@@ -88,7 +82,7 @@ def _profile(prepared: Prepared, dump: Path | None) -> list[dict[str, Any]]:
     prepared.before()
     prepared.once()
     prepared.before()
-    return most_expensive(prepared.once, dump)
+    return most_expensive(prepared.once, dump, prepared.programs)
 
 
 def device_facts() -> dict[str, str]:
@@ -101,43 +95,32 @@ def device_facts() -> dict[str, str]:
     }
 
 
-def serve(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> None:
-    """Run the job's cases one after another; an error ends its case, not the process."""
+def serve(job: dict[str, Any], answer: Answer) -> None:
+    """Run the job's cases one after another."""
     scale = GPU if job["scale"] == GPU.name else TINY
     hardware = Hardware.from_json(job["hardware"]) if job["hardware"] else None
     dump = Path(job["dump"]) if job["dump"] else None
     until = time.perf_counter() + job["left_s"]
+    run = partial(
+        run_case,
+        scale,
+        hardware=hardware,
+        profiled=job["profile"],
+        dump=dump,
+        table=job["attention"],
+    )
     answer({"ready": device_facts()})
     for fields, expected_s in zip(job["cases"], job["expected_s"], strict=True):
         case = Case(**fields)
         if time.perf_counter() + expected_s > until:
             continue  # left for another call
-        answer({"begun": case.name})
-        began = time.perf_counter()
-        result: Result
-        try:
-            result = run_case(
-                scale, case, hardware, profiled=job["profile"], dump=dump, table=job["attention"]
-            )
-        except Exception as error:  # reported and stored as the outcome of this case
-            traceback.print_exc()
-            why = f"{type(error).__name__}: {error}"
-            result = {"status": "failed", "why": why[:ERROR_CHARACTERS]}
-        result["wall_s"] = time.perf_counter() - began
-        answer({"ended": case.name, "result": result})
+        told(case.name, partial(run, case), answer)
         gc.collect()
 
 
 def main() -> None:
     """Serve one job."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-
-    def answer(content: dict[str, Any]) -> None:
-        answers.write(json.dumps(content) + "\n")
-        answers.flush()
-
-    job = json.loads(sys.stdin.readline())
+    job, answer = connect()
     if not job["profile"]:  # a program from the cache leaves no text of itself
         remember_programs()
     serve(job, answer)
