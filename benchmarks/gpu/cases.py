@@ -198,10 +198,11 @@ class Scale:
             for name in self.row_programs
         ]
         cases += [Case(kind="score", model=model, rows=b, tokens=t) for b, t in packed]
+        forward: list[tuple[Kind, int, int]] = [("prefill", b, t) for b, t in self.prefill]
+        forward.append(("score", rows, tokens))
         cases += [
             Case(kind=kind, model=model, rows=b, tokens=t, attention=name)
-            for kind, shapes in (("prefill", self.prefill), ("score", self.packed[-1:]))
-            for b, t in shapes
+            for kind, b, t in forward
             for name in self.row_programs
         ]
         if self.compiled_peers:
