@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from jaxrl.algorithms.contradictions import unread
 from jaxrl.config import Config, GrpoConfig
 from jaxrl.errors import UserError
 from jaxrl.observe import Shapes
@@ -156,6 +157,7 @@ def plan_rows(
         ("hardware", _known(hardware), hardware.name),
         *_warned(hardware),
         *_refilled(config.grpo),
+        *[("not read", written, f"only with {switch}") for written, switch in unread(grpo)],
     ]
     rows += [
         (f"predicted {phase}", f"{1e3 * seconds:.1f} ms", _beside(phase, seconds, hardware))

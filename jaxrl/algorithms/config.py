@@ -128,7 +128,8 @@ class GrpoConfig:
     correction_cap: float = 2.0
     """Largest correction weight; masked drops tokens outside [1/cap, cap]."""
     correction_floor: float = 0.0
-    """Smallest weight of truncated; lower bound of masked, where 0 means 1/cap."""
+    """Smallest weight of truncated; lower bound of masked, where 0 means 1/cap, and 1e-9 is as good as none
+    (AReaL's token mask, which drops weights above the cap alone)."""
     sequence_mask: Literal["none", "geometric", "product", "outlier", "off_policy"] = "none"
     """Completions without policy gradient: geometric mean or product of learner/sampler outside
     [mask_low, mask_high], one token outside, or off_policy: A < 0 and too far (DeepSeek-V3.2)."""

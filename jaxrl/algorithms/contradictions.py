@@ -314,3 +314,38 @@ def _check_kl(c: GrpoConfig) -> None:
         f"grpo.reference_refresh_steps={c.reference_refresh_steps} refreshes a reference that nothing "
         "uses; set grpo.kl_weight or grpo.log_reference, or grpo.reference_refresh_steps=0",
     )
+
+
+def unread(c: GrpoConfig) -> list[tuple[str, str]]:
+    """Settings that are not at their defaults and that another one switches off, and with what they are read.
+
+    The plan shows them: an algorithm tried without its correction is no mistake, a cap without one may be.
+    """
+    of_correction = ("correction_level", "correction_cap", "correction_floor")
+    of_critic = (
+        "critic_trunk", "critic_learning_rate", "critic_warmup_steps", "value_weight", "value_clip",
+    )  # fmt: skip
+    clips = c.ratio in ("ppo", "cispo") or c.ratio.startswith("gspo")
+    bounds = c.sequence_mask not in ("none", "off_policy")
+    overlong = c.length_reward == "soft_overlong"
+    default = {item.name: item.default for item in dataclasses.fields(c)}
+    found = []
+    for read, names, switch in (
+        (clips, ("clip_low", "clip_high", "clip_bounds"), "grpo.ratio=ppo, cispo or gspo"),
+        (c.ratio == "sapo", ("sapo_tau_positive", "sapo_tau_negative"), "grpo.ratio=sapo"),
+        (c.ratio == "dppo", ("dppo_delta",), "grpo.ratio=dppo"),
+        (c.correction != "none", of_correction, "grpo.correction=truncated or masked"),
+        (bounds, ("mask_low", "mask_high"), "grpo.sequence_mask=geometric, product or outlier"),
+        (c.sequence_mask == "off_policy", ("off_policy_bound",), "grpo.sequence_mask=off_policy"),
+        (c.uses_reference, ("kl_estimator",), "a reference: grpo.kl_weight or grpo.log_reference"),
+        (c.kl_target > 0, ("kl_horizon",), "grpo.kl_target"),
+        (c.entropy_shaping > 0, ("entropy_shaping_bound",), "grpo.entropy_shaping"),
+        (c.top_entropy_share < 1, ("top_entropy_denominator",), "grpo.top_entropy_share"),
+        (c.repetition_ngram > 0, ("repetition_penalty",), "grpo.repetition_ngram"),
+        (overlong, ("overlong_penalty", "overlong_on"), "grpo.length_reward=soft_overlong"),
+        (c.advantage_baseline == "value", of_critic, "a critic: grpo.advantage_baseline=value"),
+    ):
+        written = [name for name in names if not read and getattr(c, name) != default[name]]
+        if written:
+            found.append((", ".join(f"grpo.{name}={getattr(c, name)}" for name in written), switch))
+    return found

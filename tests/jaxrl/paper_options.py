@@ -111,6 +111,28 @@ def mis_symmetric(mb, batch):
     return papers.token_mean(papers.paired(mb, lambda g: papers.norm([v.r for v in g])), term)
 
 
+def areal_token_mask(mb, batch):
+    """AReaL's older default: weights above the cap are left out, however small the others."""
+
+    def term(v, a):
+        w = np.exp(v.lo - v.lb)
+        return np.where(w <= 1.2, w, 0) * papers.min_clip(papers.ratio(v), a)
+
+    return papers.token_mean(papers.white_pairs(mb, batch, lambda v, a: np.full(v.n, 10 * a)), term)
+
+
+def pipelinerl_sequence(mb, batch):
+    """Equation 5 as it is set: the ratio of whole completions, cut at c; here 1.2."""
+
+    def advantages(group):
+        return papers.center([v.r for v in group]) * len(group) / (len(group) - 1)
+
+    return np.mean([
+        min(np.exp((papers.PRESENT[(v.n, v.lb.sum())] - v.lb).sum()), 1.2) * a * v.lp.sum()
+        for v, a in papers.paired(mb, advantages)
+    ])  # fmt: skip
+
+
 def raft_best(mb, batch):
     """The first best of each group, weighed by its reward."""
     best = [max(group, key=lambda v: v.r) for group in mb]
@@ -336,6 +358,20 @@ OPTIONS = REJECTIONS | {
         {"advantage_scale": "batch_reward_std", "drop_zero_advantage": False},
     ),
     rloo_batch_reward_std: ("rloo", {"advantage_scale": "batch_reward_std"}),
+    areal_token_mask: (
+        "decoupled_ppo",
+        {"correction": "masked", "correction_floor": 1e-9, "correction_cap": 1.2},
+    ),
+    pipelinerl_sequence: (
+        "pipelinerl",
+        {
+            "ratio": "reinforce",
+            "ratio_from": "learner",
+            "correction": "truncated",
+            "correction_level": "sequence",
+            "correction_cap": 1.2,
+        },
+    ),
     raft_best: ("raft", {"keep_samples": "best"}),
     ttrl_votes: ("ttrl", {"group_size": 2, "votes_per_prompt": 3}),
     reinforce_pp_k3: ("reinforce_pp", {"kl_estimator": "k3"}),

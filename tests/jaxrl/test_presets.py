@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jaxrl import cli
+from jaxrl.algorithms.contradictions import unread
 from jaxrl.config import Config, GrpoConfig, RolloutConfig
 from jaxrl.errors import UserError
 from jaxrl.presets import END, START, Preset, listing, presets, table, with_table
@@ -238,6 +239,48 @@ def test_infinity_switches_a_bound_off(name):
     """AReaL's newer default, CISPO as importance-weighted REINFORCE."""
     made = cli.parse_args([f"--grpo.{name}=inf", "--grpo.ratio-from=learner"]).config.grpo
     assert getattr(made, name) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("settings", "written", "switch"),
+    [
+        ({"correction_cap": 5.0}, "correction_cap=5.0", "grpo.correction=truncated or masked"),
+        ({"ratio": "sapo", "clip_high": 0.28}, "clip_high=0.28", "grpo.ratio=ppo, cispo or gspo"),
+        (
+            {"kl_estimator": "k2"},
+            "kl_estimator=k2",
+            "a reference: grpo.kl_weight or grpo.log_reference",
+        ),
+        (
+            {"sequence_mask": "off_policy", "mask_high": 3.0},
+            "mask_high=3.0",
+            "grpo.sequence_mask=geom",
+        ),
+        ({"off_policy_bound": 0.1}, "off_policy_bound=0.1", "grpo.sequence_mask=off_policy"),
+        ({"value_clip": 0.1}, "value_clip=0.1", "a critic: grpo.advantage_baseline=value"),
+        ({"sapo_tau_positive": 2.0}, "sapo_tau_positive=2.0", "grpo.ratio=sapo"),
+        ({"dppo_delta": 0.1}, "dppo_delta=0.1", "grpo.ratio=dppo"),
+        (
+            {"top_entropy_denominator": "kept"},
+            "top_entropy_denominator=kept",
+            "grpo.top_entropy_share",
+        ),
+        ({"entropy_shaping_bound": 3.0}, "entropy_shaping_bound=3.0", "grpo.entropy_shaping"),
+        ({"kl_horizon": 5}, "kl_horizon=5", "grpo.kl_target"),
+        ({"repetition_penalty": 0.5}, "repetition_penalty=0.5", "grpo.repetition_ngram"),
+        ({"overlong_penalty": 0.1}, "overlong_penalty=0.1", "grpo.length_reward=soft_overlong"),
+    ],
+)
+def test_a_setting_that_another_one_switches_off_is_told(settings, written, switch):
+    ((told, read_with),) = unread(GrpoConfig(**settings))
+    assert told == f"grpo.{written}"
+    assert read_with.startswith(switch)
+
+
+def test_an_algorithm_has_no_setting_that_is_not_read(shipped):
+    assert {
+        preset.name: unread(preset.config.grpo) for preset in shipped if unread(preset.config.grpo)
+    } == {}
 
 
 @pytest.mark.parametrize(

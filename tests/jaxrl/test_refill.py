@@ -106,7 +106,7 @@ def test_without_rounds_nothing_is_replaced():
     thread.join()
 
 
-def test_the_plan_states_the_budget(tiny_config):
+def test_the_plan_states_the_budget_and_what_is_not_read(tiny_config):
     config = tiny_config()
     grpo = dataclasses.replace(config.grpo, drop_zero_advantage=True, refill_rounds=3)
     hardware, subject = datasheet("l4"), build.make_subject(config)
@@ -119,3 +119,7 @@ def test_the_plan_states_the_budget(tiny_config):
     assert refilled[0] == "3 rounds"
     assert refilled[1].startswith("up to 12 further groups of 4 samples")
     assert "dynamic sampling" not in rows(config)
+    capped = dataclasses.replace(config.grpo, correction_cap=5.0)
+    told = rows(dataclasses.replace(config, grpo=capped))["not read"]
+    assert told == ("grpo.correction_cap=5.0", "only with grpo.correction=truncated or masked")
+    assert "not read" not in rows(config)
