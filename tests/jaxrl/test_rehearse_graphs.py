@@ -76,7 +76,7 @@ def in_the_loop(found: list[tuple[int, str]]) -> int:
     return len(found) - 1 - [kind for _, kind in found].index("kWhile")
 
 
-@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+@pytest.mark.parametrize("attention", ["xla", "cudnn", "pallas"])
 def test_a_decode_chunk_is_one_graph_with_its_loop_inside(attention: str, tmp_path: Path) -> None:
     found = launches(attention, 1, tmp_path)
     assert [kind for space, kind in found if space == 0] == [GRAPH]
@@ -84,7 +84,7 @@ def test_a_decode_chunk_is_one_graph_with_its_loop_inside(attention: str, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+@pytest.mark.parametrize("attention", ["xla", "cudnn", "pallas"])
 def test_a_decode_step_is_few_kernels_a_layer(attention: str, tmp_path: Path) -> None:
     one, three = (in_the_loop(launches(attention, n, tmp_path / str(n))) for n in (1, 3))
     assert (three - one) / 2 <= LAYER_KERNELS
