@@ -65,9 +65,9 @@ def test_an_outcome_of_other_words_is_not_kept(tmp_path: Path) -> None:
 
 def test_an_outcome_of_another_cold_start_is_not_kept(tmp_path: Path) -> None:
     content = bench.contents({}, {"grpo": {"0": run(0.5, 0.85)}, "ttrl": {"0": run(0.75, 0.84)}})
-    assert content["cold_starts"] == {"grpo": bench.COLD_START, "ttrl": 0.75}
+    assert content["cold_starts"] == {"grpo": bench.COLD_START, "ttrl": 0.78}
     content["cold_starts"]["ttrl"] = bench.COLD_START
     (tmp_path / "presets.json").write_text(json.dumps(content))
     assert set(bench._kept(tmp_path)) == {"grpo"}
-    starts = [bench.start_folder(tmp_path, 1, at).name for at in (bench.COLD_START, 0.75)]
-    assert starts == ["seed_1_start", "seed_1_start_75"]
+    starts = [bench.start_folder(tmp_path, 1, at).name for at in (bench.COLD_START, 0.78)]
+    assert starts == ["seed_1_start", "seed_1_start_78"]
