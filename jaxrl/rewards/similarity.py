@@ -113,7 +113,7 @@ def edit_similarity(before: Files, edited: Files, after: Files) -> float:
     nothing is earned by such an edit.
     """
     mine, reference = _diffs(before, edited), _diffs(before, after)
-    scores = [_ratio(mine.get(p, ""), reference.get(p, "")) for p in {*mine, *reference}]
+    scores = [diff_similarity(mine.get(p, ""), reference.get(p, "")) for p in {*mine, *reference}]
     return sum(scores) / len(scores)
 
 
@@ -139,7 +139,8 @@ def unified(old: str, new: str) -> str:
     return "\n".join([*lines][_HEADER_LINES:])
 
 
-def _ratio(mine: str, reference: str) -> float:
+def diff_similarity(mine: str, reference: str) -> float:
+    """2 M / T of two diffs (M characters that match, T in both together); 0 where either is empty."""
     if not mine or not reference:
         return 0.0
     return difflib.SequenceMatcher(None, mine, reference, autojunk=False).ratio()

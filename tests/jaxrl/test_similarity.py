@@ -1,6 +1,5 @@
 """The similarity of an edit to the reference edit: the published rule, its traps, and rows it cannot use."""
 
-import difflib
 import json
 from pathlib import Path
 
@@ -8,7 +7,13 @@ import pytest
 
 from jaxrl.config import TaskConfig
 from jaxrl.errors import UserError
-from jaxrl.rewards.similarity import WRONG_FORM, edit_similarity, score_similarity, unified
+from jaxrl.rewards.similarity import (
+    WRONG_FORM,
+    diff_similarity,
+    edit_similarity,
+    score_similarity,
+    unified,
+)
 from jaxrl.tasks import make_task
 
 OLD = "a = 1\nb = 2\nc = 3\nd = 4\ne = 5\nf = 6\n"
@@ -25,10 +30,11 @@ def said(*edits: str, thoughts: str = "hm") -> str:
     return f"<think>{thoughts}</think>\n<solution>\n{body}\n</solution>"
 
 
-def test_difflib_has_the_published_value() -> None:
+def test_two_diffs_have_the_published_similarity() -> None:
     """Appendix A of the reference; the heuristic for popular characters must be off."""
-    pair = "+x = 1\n-y = 2\n", "+x = 1\n-y = 3\n"
-    assert difflib.SequenceMatcher(None, *pair, autojunk=False).ratio() == pytest.approx(13 / 14)
+    assert diff_similarity("+x = 1\n-y = 2\n", "+x = 1\n-y = 3\n") == pytest.approx(
+        0.928571, abs=1e-6
+    )
     long_old = "".join(f"value_{n} = {n}\n" for n in range(60))
     files = {"m": long_old}
     same = edit_similarity(
