@@ -125,7 +125,9 @@ class RolloutEngine:
             out_shardings=(shardings, self._host),
             compiler_options=decode_options(mesh.devices.flat[0]),
         )
-        self._layers: tuple[FusedLayer, ...] | None = None  # of the weights in use
+        self._layers: tuple[FusedLayer, ...] | None = (
+            None  # of the weights in use, while samples live
+        )
         self.layer_places = split_shardings(config, mesh)
         self._split = jax.jit(partial(split_layers), out_shardings=self.layer_places)
         self._idle = jax.jit(
@@ -220,7 +222,10 @@ class RolloutEngine:
             if not self._live:
                 return []
             chunk = self._decode_live(snapshot, more_waits or bool(self._queue))
-        return self._collect(chunk, snapshot.version)
+        finished = self._collect(chunk, snapshot.version)
+        if self.is_idle:
+            self._layers = None  # an engine that waits, as the evaluation's does, holds no copy
+        return finished
 
     # -- steps of run_chunk ------------------------------------------------------------------------
 

@@ -174,17 +174,26 @@ def test_a_prompt_is_prefilled_once_for_its_group(tiny_policy: Decoder) -> None:
 
 def test_weights_are_laid_out_for_decoding_once_per_version(tiny_policy: Decoder) -> None:
     engine, seen = make_engine(tiny_policy, chunk_steps=2), []
+    params = SamplingParams(max_new_tokens=10, stop_ids=())
+    engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
+    for version in (0, 0, 1, 1):
+        engine.run_chunk(Snapshot(version=version, policy=tiny_policy))
+        seen.append(engine._layers)
+    assert [one is seen[0] for one in seen] == [True, True, False, False]
+    assert seen[3] is seen[2]
+    engine.run_chunk(Snapshot(version=1, policy=tiny_policy))
+    assert engine.is_idle
+    assert engine._layers is None  # the evaluation's engine waits most of the time
+
+
+def test_an_engine_that_is_freed_holds_nothing(tiny_policy: Decoder) -> None:
+    engine = make_engine(tiny_policy, chunk_steps=2)
     params = SamplingParams(max_new_tokens=6, stop_ids=())
-    for version in (0, 1):
-        engine.submit(Request(stream=version, prompt=(2, 3), sample_indices=(0,), params=params))
-        while not engine.is_idle:
-            engine.run_chunk(Snapshot(version=version, policy=tiny_policy))
-            seen.append(engine._layers)
-    assert len(seen) == 6
-    assert [one is seen[0] for one in seen] == [True] * 3 + [False] * 3
-    assert all(one is seen[3] for one in seen[3:])
+    engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
+    engine.run_chunk(Snapshot(version=0, policy=tiny_policy))
+    held = jax.tree.leaves((engine.slots, engine._layers))
     engine.free()
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(engine._layers))
+    assert all(leaf.is_deleted() for leaf in held)
 
 
 def test_a_chunk_ends_once_idle_slots_cost_a_refill_and_work_waits(tiny_policy: Decoder) -> None:
