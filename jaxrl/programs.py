@@ -141,8 +141,8 @@ class Stage:
     @cached_property
     def layers(self) -> Any:
         """The snapshot as decode reads it."""
-        engine = self.engine[0]
-        return _placed(jax.eval_shape(engine.programs["split"], self.snapshot), engine.layer_places)
+        weights = self.engine[0].weights
+        return _placed(jax.eval_shape(weights.program, self.snapshot), weights.places)
 
     @cached_property
     def batch(self) -> Batch:

@@ -38,6 +38,7 @@ from jaxrl.rollout.admission import (
     pad_prompts,
     seats_of,
 )
+from jaxrl.rollout.laid_out import LaidOut
 from jaxrl.rollout.narrow import (
     Tail,
     fitting_width,
@@ -63,9 +64,8 @@ from jaxrl.rollout.sampling import (
 from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Snapshot
 from models.config import ModelConfig
-from models.decoder import FusedLayer, prefill, split_layers
+from models.decoder import prefill
 from models.rows import PrefixRows
-from models.sharding import split_shardings
 
 __all__ = ["NO_BUDGET", "Request", "RolloutEngine", "SamplingParams"]
 
@@ -125,11 +125,7 @@ class RolloutEngine:
             out_shardings=(shardings, self._host),
             compiler_options=decode_options(mesh.devices.flat[0]),
         )
-        self._layers: tuple[FusedLayer, ...] | None = (
-            None  # of the weights in use, while samples live
-        )
-        self.layer_places = split_shardings(config, mesh)
-        self._split = jax.jit(partial(split_layers), out_shardings=self.layer_places)
+        self.weights = LaidOut(config, mesh)
         self._idle = jax.jit(
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
@@ -158,7 +154,7 @@ class RolloutEngine:
     @property
     def programs(self) -> dict[str, Any]:
         """The jitted phases by name, for `jaxrl.programs`."""
-        return {"prefill": self._prefill, "split": self._split, "decode": self._decode}
+        return {"prefill": self._prefill, "decode": self._decode}
 
     @property
     def is_idle(self) -> bool:
@@ -169,8 +165,8 @@ class RolloutEngine:
     def trace_count(self) -> int:
         """Programs traced so far over all jitted functions: flat once every bucket was met."""
         return num_traces(
-            self._prefill, self._admit, self._split, self._decode, self._recompute, self._take
-        )
+            self._prefill, self._admit, self.weights.program, self._decode, self._recompute, self._take
+        )  # fmt: skip
 
     def submit(self, request: Request) -> None:
         """Queue the samples of a request."""
@@ -205,7 +201,7 @@ class RolloutEngine:
 
     def free(self) -> None:
         """Give the slots' memory back; the engine is of no use afterwards."""
-        for leaf in jax.tree.leaves((self._slots, self._layers)):
+        for leaf in jax.tree.leaves((self._slots, self.weights.layers)):
             leaf.delete()
 
     def run_chunk(
@@ -224,7 +220,7 @@ class RolloutEngine:
             chunk = self._decode_live(snapshot, more_waits or bool(self._queue))
         finished = self._collect(chunk, snapshot.version)
         if self.is_idle:
-            self._layers = None  # an engine that waits, as the evaluation's does, holds no copy
+            self.weights.drop()  # an engine that waits, as the evaluation's does, holds no copy
         return finished
 
     # -- steps of run_chunk ------------------------------------------------------------------------
@@ -238,12 +234,9 @@ class RolloutEngine:
             return
         width, live = self._width // self._devices, self._live.values()
         tail = Tail(
-            width=width,
-            live=max(Counter(slot // width for slot in self._live).values()),
-            steps=max(one.steps_left for one in live),
-            read=self._read,
-            wasted=self._wasted,
-        )
+            width=width, live=max(Counter(slot // width for slot in self._live).values()),
+            steps=max(one.steps_left for one in live), read=self._read, wasted=self._wasted,
+        )  # fmt: skip
         self._move_to(fitting_width(self._widths, tail))
 
     def _move_to(self, width: int) -> None:
@@ -263,7 +256,6 @@ class RolloutEngine:
         if snapshot.version == self._version:
             return
         self._kept = None  # prefilled under the old weights
-        self._layers = None
         if self._rows is not None:
             self._rows.forget()
         if self._recomputes and self._live and self._version is not None:
@@ -345,26 +337,19 @@ class RolloutEngine:
         needed, rest = self._split_slots(self.chunk_steps)
         traced = self.trace_count
         with self._observer.decode(version=snapshot.version) as work:
-            if self._layers is None:
-                self._layers = self._split(snapshot.policy)
             slots, on_device = self._decode(
-                snapshot.policy,
-                self._layers,
-                needed,
+                snapshot.policy, self.weights.of(snapshot), needed,
                 np.int32(self._refill_cost if more_waits and self._has_room else NO_BUDGET),
                 steps=self.chunk_steps,
                 filtered=any(p.top_p < 1 or p.top_k > 0 for p in params),
                 greedy=any(p.temperature == 0 for p in params),
-            )
+            )  # fmt: skip
             self._slots = whole_slots(slots, rest)
             chunk: Chunk = jax.device_get(on_device)
             work.update(
-                slots=self._width,
-                kv_len=needed.cache.max_tokens,
-                steps=int(chunk.steps),
-                tokens=int(chunk.sampled.sum()),
-                compiled=self.trace_count - traced,
-            )
+                slots=self._width, kv_len=needed.cache.max_tokens, steps=int(chunk.steps),
+                tokens=int(chunk.sampled.sum()), compiled=self.trace_count - traced,
+            )  # fmt: skip
             if needed.prefixes is not None:
                 work["prefix_rows"] = needed.prefixes.members.shape[0]
                 work["prefix_len"] = needed.prefixes.cache.max_tokens

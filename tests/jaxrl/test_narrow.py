@@ -346,7 +346,7 @@ def test_all_slots_and_fewer_never_stand_side_by_side(
 
         def noting(x: jax.Array, at: Any, place: Any) -> jax.Array:
             result = take(x, at, place)
-            weights = {id(y) for y in jax.tree.leaves(made._layers)}
+            weights = {id(y) for y in jax.tree.leaves(made.weights.layers)}
             others = before | weights
             live = [y for y in jax.live_arrays() if id(y) not in others and y.shape]
             seen.append(sum(y.nbytes for y in live) - all_slots - largest)

@@ -178,12 +178,12 @@ def test_weights_are_laid_out_for_decoding_once_per_version(tiny_policy: Decoder
     engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
     for version in (0, 0, 1, 1):
         engine.run_chunk(Snapshot(version=version, policy=tiny_policy))
-        seen.append(engine._layers)
+        seen.append(engine.weights.layers)
     assert [one is seen[0] for one in seen] == [True, True, False, False]
     assert seen[3] is seen[2]
     engine.run_chunk(Snapshot(version=1, policy=tiny_policy))
     assert engine.is_idle
-    assert engine._layers is None  # the evaluation's engine waits most of the time
+    assert engine.weights.layers == ()  # the evaluation's engine waits most of the time
 
 
 def test_an_engine_that_is_freed_holds_nothing(tiny_policy: Decoder) -> None:
@@ -191,7 +191,7 @@ def test_an_engine_that_is_freed_holds_nothing(tiny_policy: Decoder) -> None:
     params = SamplingParams(max_new_tokens=6, stop_ids=())
     engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
     engine.run_chunk(Snapshot(version=0, policy=tiny_policy))
-    held = jax.tree.leaves((engine.slots, engine._layers))
+    held = jax.tree.leaves((engine.slots, engine.weights.layers))
     engine.free()
     assert all(leaf.is_deleted() for leaf in held)
 
