@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     words = ["--config", CONFIGS[options.devices], "--hardware", HARDWARE]
     words += ["--devices", str(options.devices)]
-    made = record.provenance(timed=False)
+    made = record.provenance()
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "compiled"
         rehearse.main([*words, "--out", str(compiled)])
