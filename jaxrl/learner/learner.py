@@ -17,7 +17,6 @@ from jaxrl.algorithms.loss_metrics import LossMetrics, finish_metrics, zero_metr
 from jaxrl.batch import Batch
 from jaxrl.checkpoint import FIRST_STEP, Checkpoints
 from jaxrl.config import GrpoConfig
-from jaxrl.devices import train_options
 from jaxrl.errors import UserError
 from jaxrl.learner.critic import ActorCritic, critic_shardings, make_critic
 from jaxrl.learner.steps import (
@@ -34,6 +33,7 @@ from jaxrl.learner.steps import (
 )
 from jaxrl.observe import Observer
 from jaxrl.tracing import num_traces
+from models.compiler_options import train_options
 from models.config import ModelConfig
 from models.decoder import Decoder, Policy
 from models.lora import AdaptedDecoder

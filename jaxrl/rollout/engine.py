@@ -27,7 +27,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.attention import ON_CPU, Programs
-from jaxrl.devices import decode_options
 from jaxrl.observe import Observer
 from jaxrl.rollout.admission import (
     Entering,
@@ -63,6 +62,7 @@ from jaxrl.rollout.sampling import (
 )
 from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Snapshot
+from models.compiler_options import decode_options
 from models.config import ModelConfig
 from models.decoder import prefill
 from models.rows import PrefixRows

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.compiler_options import decode_options
 from models.config import ModelConfig
 from models.sharding import make_mesh
 from roofline.calibrate.timing import Device, Run, caller, replacer, seconds
@@ -20,8 +23,11 @@ from roofline.datasheets import datasheet_of_device
 from roofline.hardware import Efficiency, Hardware
 from roofline.machine import Workload, host_memory_bytes, processor
 
-CHAIN_FLOPS = 1e9
-"""Work of one timed chain of products: some milliseconds on a CPU, far above a dispatch."""
+CHAIN_S = 4e-3
+"""About what a timed chain of products takes [s], far above a dispatch, on any device."""
+FIRST_PAIRS, MOST_PAIRS = 2, 64
+"""Products there and back in the first chain, and in the longest, after which values drift; longer ones are
+several calls."""
 
 GATHERED = (16, 2**18)
 """Values that each device brings to a gather: one that only takes its fixed time, and one of 1 MiB."""
@@ -43,10 +49,10 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         dispatch_s, kernel_s = _dispatch_s(), _kernel_s()
         bytes_per_s = _bytes_per_s(device.platform)
         rates = [
-            product_rate(rows, model.width, model.ffw_size, dtype)
+            product_rate(rows, model.width, model.ffw_size, dtype, device)
             for rows in (workload.slots, workload.rows * workload.row_tokens)
         ]
-        best = max(*rates, product_rate(1024, 1024, 1024, dtype))
+        best = max(*rates, product_rate(1024, 1024, 1024, dtype, device))
     latency_s, link_bytes_per_s = _link(devices, bytes_per_s)
     latency_s, gathered_bytes_per_s = _collectives(devices) or (latency_s, link_bytes_per_s)
     sheet = datasheet_of_device(device.device_kind)
@@ -109,7 +115,7 @@ def _bytes_per_s(platform: str) -> float:
     return 2 * 4 * count / seconds(replacer(add, jnp.ones(count)))
 
 
-def product_rate(rows: int, inner: int, columns: int, dtype: Any) -> float:
+def product_rate(rows: int, inner: int, columns: int, dtype: Any, device: Device) -> float:
     """FLOP/s of [rows, inner] x [inner, columns] and back, chained inside one program."""
     draw = np.random.default_rng(0)
 
@@ -117,14 +123,47 @@ def product_rate(rows: int, inner: int, columns: int, dtype: Any) -> float:
         return jnp.asarray(draw.standard_normal(shape, np.float32) * shape[0] ** -0.5, dtype)
 
     x, there, back = matrix(rows, inner), matrix(inner, columns), matrix(columns, inner)
-    flops = 4.0 * rows * inner * columns
-    length = max(2, min(64, int(CHAIN_FLOPS / flops)))
 
-    @jax.jit
-    def chain(x: jax.Array, there: jax.Array, back: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, _: ((x @ there) @ back, None), x, None, length=length)[0]
+    @partial(
+        jax.jit,
+        static_argnames="pairs",
+        keep_unused=True,
+        compiler_options=decode_options(device),
+    )
+    def chain(
+        after: jax.Array, x: jax.Array, there: jax.Array, back: jax.Array, *, pairs: int
+    ) -> jax.Array:
+        del after  # what a call waits for: calls side by side would be timed as one
+        return jax.lax.scan(lambda x, _: ((x @ there) @ back, None), x, None, length=pairs)[0]
 
-    return flops * length / seconds(caller(chain, x, there, back))
+    def run_s(pairs: int, calls: int) -> float:
+        def run() -> None:
+            last = x
+            for _ in range(calls):
+                last = chain(last, x, there, back, pairs=pairs)
+            jax.block_until_ready(last)
+
+        return seconds(run)
+
+    pairs, took_s = long_enough(run_s)
+    return 4.0 * rows * inner * columns * pairs / took_s
+
+
+def long_enough(run_s: Callable[[int, int], float]) -> tuple[int, float]:
+    """Pairs of products that take CHAIN_S or more, and their seconds.
+
+    `run_s`: seconds of so many pairs in each of so many calls. A short chain says how many pairs one
+    call needs; where MOST_PAIRS are not enough, as on a fast GPU, calls follow each other.
+    """
+    pairs, calls = FIRST_PAIRS, 1
+    took_s = run_s(pairs, calls)
+    if took_s < CHAIN_S:
+        pairs = min(MOST_PAIRS, math.ceil(pairs * CHAIN_S / took_s))
+        took_s = run_s(pairs, calls)
+    if took_s < CHAIN_S / 2:
+        calls = math.ceil(CHAIN_S / took_s)
+        took_s = run_s(pairs, calls)
+    return pairs * calls, took_s
 
 
 def _link(devices: Sequence[Device], memory_bytes_per_s: float) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 They repeat the trainer's structure (one jitted loop of sampling steps, one packed micro-batch
 forward and backward with the gradient added to a donated accumulator, AdamW after a global norm,
-cast and copy), because fixed times and fusion decide the speed of small models.
+cast and copy) and its compiler options, because fixed times and fusion decide the speed of small models.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ import optax
 
 from models.attention import DecodeAttention, decode_by_structure, rows_by_structure
 from models.cache import KVCache, init_cache, insert_prompts
+from models.compiler_options import decode_options, train_options
 from models.config import ModelConfig
-from models.decoder import Decoder, abstract_decoder, decode_step, hidden_states, prefill
+from models.decoder import (
+    Decoder,
+    FusedLayer,
+    abstract_decoder,
+    decode_step,
+    hidden_states,
+    prefill,
+    split_layers,
+)
 from models.head import head_logits, target_logprobs
 from models.rows import RowAttention
 from roofline import cost
@@ -114,14 +123,9 @@ class _Maker:
             with jax.default_device(self.device):
                 cache = init_cache(self.model, slots, kv_len, self.dtype, self.cached)
                 zeros = jnp.zeros(slots, jnp.int32)
-                program = jax.jit(
-                    partial(
-                        decode_chunk, steps=steps, kv_len=kv_len, dtype=self.dtype,
-                        attention=self.cached,
-                    ),
-                    donate_argnums=0,
-                )  # fmt: skip
-                arguments = (self.snapshot, jax.random.key(1))
+                program = decode_program(self.device, self.cached, steps, kv_len, self.dtype)
+                layers = jax.jit(split_layers)(self.snapshot)
+                arguments = (self.snapshot, layers, jax.random.key(1))
                 compiled = program.lower((cache, zeros, zeros + 1), *arguments).compile()
                 return replacer(compiled, (cache, zeros, zeros + 1), *arguments)
 
@@ -156,7 +160,10 @@ class _Maker:
 
         def make() -> Run:
             with jax.default_device(self.device):
-                program = jax.jit(partial(scores, w=self.workload, attention=self.rows))
+                program = jax.jit(
+                    partial(scores, w=self.workload, attention=self.rows),
+                    compiler_options=train_options(self.device),
+                )
                 batch = packed(rows, tokens)
                 return caller(program.lower(self.policy, batch).compile(), self.policy, batch)
 
@@ -172,7 +179,11 @@ class _Maker:
             with jax.default_device(self.device):
                 gradients = jax.tree.map(jnp.zeros_like, self.policy)
                 arguments = (self.policy, packed(rows, tokens), jnp.ones((rows, tokens)))
-                program = jax.jit(partial(accumulate, w=w, attention=self.rows), donate_argnums=0)
+                program = jax.jit(
+                    partial(accumulate, w=w, attention=self.rows),
+                    donate_argnums=0,
+                    compiler_options=train_options(self.device),
+                )
                 compiled = program.lower(gradients, *arguments).compile()
                 return replacer(compiled, gradients, *arguments)
 
@@ -220,17 +231,30 @@ def packed(rows: int, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.ones_like(positions), positions, jnp.ones_like(positions)
 
 
+def decode_program(
+    device: Device, attention: DecodeAttention, steps: int, kv_len: int, dtype: Any
+) -> Any:
+    """`decode_chunk` jitted with the options that the trainer's has on `device`: on a GPU its loop is part
+    of the CUDA graph."""
+    return jax.jit(
+        partial(decode_chunk, steps=steps, kv_len=kv_len, dtype=dtype, attention=attention),
+        donate_argnums=0,
+        compiler_options=decode_options(device),
+    )
+
+
 def decode_chunk(
-    state: tuple[Any, ...], policy: Decoder, key: jax.Array, *, steps: int, kv_len: int, dtype: Any,
-    attention: DecodeAttention,
+    state: tuple[Any, ...], policy: Decoder, layers: tuple[FusedLayer, ...], key: jax.Array, *,
+    steps: int, kv_len: int, dtype: Any, attention: DecodeAttention,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """`steps` sampled tokens for every slot: one uniform per slot and the inverse CDF."""
+    """`steps` sampled tokens for every slot: one uniform per slot and the inverse CDF. layers: those of
+    `policy` by `split_layers`, laid out once as in a run."""
     slots = state[1].shape[0]
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, cache, tokens, positions, _ = carry
         hidden, cache = decode_step(
-            policy, cache, tokens, positions, dtype=dtype, attention=attention
+            policy, cache, tokens, positions, dtype=dtype, layers=layers, attention=attention
         )
         logprobs = jax.nn.log_softmax(head_logits(policy, hidden, dtype=dtype), axis=-1)
         keys = jax.vmap(partial(jax.random.fold_in, key))(positions * slots + jnp.arange(slots))

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jaxrl import build
 from jaxrl.config import Config, MeshConfig, ModelOptions, RolloutConfig, TaskConfig, TrainConfig
@@ -21,6 +23,9 @@ from jaxrl.programs import Stage
 from jaxrl.tasks import make_task
 from jaxrl.tokenizer import CharTokenizer
 from models.attention_kernels import lowering_for
+from models.cache import KVCache, init_cache
+from models.decoder import abstract_decoder, split_layers
+from roofline.calibrate.programs import decode_program
 from roofline.model_zoo import find_model
 from roofline.phases import Phase
 from roofline.rehearse.target import can_compile_for_gpus, target_devices
@@ -61,12 +66,17 @@ def launches(attention: Any, layers: int, folder: Path) -> list[tuple[int, str]]
     program = stage.program(Phase.DECODE)
     with jax.set_mesh(program.mesh), lowering_for(program.mesh.devices.flat[0]):
         lowered = program.function.lower(*program.arguments, **program.options)
-        lowered.compile(
-            compiler_options={
-                "xla_gpu_autotune_level": 0, "xla_dump_to": str(folder),
-                "xla_dump_hlo_as_text": True,
-            }
-        )  # fmt: skip
+        return compiled_launches(lowered, folder)
+
+
+def compiled_launches(lowered: Any, folder: Path) -> list[tuple[int, str]]:
+    """The same of a lowered program called decode_chunk."""
+    lowered.compile(
+        compiler_options={
+            "xla_gpu_autotune_level": 0, "xla_dump_to": str(folder),
+            "xla_dump_hlo_as_text": True,
+        }
+    )  # fmt: skip
     (dump,) = folder.glob("*decode_chunk*thunk_sequence_after_thunk_passes.txt")
     return [(len(space), kind) for space, kind in ENTRY.findall(dump.read_text())]
 
@@ -79,6 +89,32 @@ def in_the_loop(found: list[tuple[int, str]]) -> int:
 @pytest.mark.parametrize("attention", ["xla", "cudnn", "pallas"])
 def test_a_decode_chunk_is_one_graph_with_its_loop_inside(attention: str, tmp_path: Path) -> None:
     found = launches(attention, 1, tmp_path)
+    assert [kind for space, kind in found if space == 0] == [GRAPH]
+    assert [kind for _, kind in found].count("kWhile") == 1
+
+
+def test_the_decode_that_calibration_times_is_one_graph_with_its_loop_inside(
+    tmp_path: Path,
+) -> None:
+    (device,) = target_devices("h200", 1)
+    model = replace(find_model("qwen3-0.6b").config, num_layers=1)
+    slots, kv_len, dtype = 256, 512, jnp.dtype("bfloat16")
+
+    def cache() -> KVCache:
+        return init_cache(model, slots, kv_len, dtype, "xla")
+
+    zeros = jax.ShapeDtypeStruct((slots,), "int32")
+    state = (jax.eval_shape(cache), zeros, zeros)
+    policy = abstract_decoder(model, dtype)
+    layers = jax.eval_shape(split_layers, policy)
+    rest = (policy, layers, jax.eval_shape(lambda: jax.random.key(1)))
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=SingleDeviceSharding(device)),
+        (state, *rest),
+    )
+    program = decode_program(device, "xla", 8, kv_len, dtype)
+    with lowering_for(device):
+        found = compiled_launches(program.lower(*placed), tmp_path)
     assert [kind for space, kind in found if space == 0] == [GRAPH]
     assert [kind for _, kind in found].count("kWhile") == 1
 

@@ -15,6 +15,7 @@ from models.config import ModelConfig
 from roofline import cost
 from roofline.calibrate import Workload, cached_or_calibrate, calibrate, measure, timing
 from roofline.calibrate import __main__ as command
+from roofline.calibrate.micro import CHAIN_S, long_enough
 from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
@@ -85,6 +86,29 @@ def test_forward_phases_that_were_not_measured_take_over_what_a_like_phase_did()
     filled = fit(cost.prefill(MODEL, Layout(), 4, 16))
     assert filled["reference"] == filled["score"] == filled["prefill"]
     assert set(fit(cost.optimizer(MODEL, Layout()))) == {"optimizer"}
+
+
+def test_a_chain_of_products_is_long_against_its_start_on_any_device() -> None:
+    start_s = 40e-6
+    for pair_s in (1e-3, 5e-5, 4e-6):  # a CPU's, and a GPU's
+
+        def run_s(pairs: int, calls: int, pair_s: float = pair_s) -> float:
+            return calls * max(pairs * pair_s, start_s) + start_s  # calls are started ahead
+
+        pairs, took_s = long_enough(run_s)
+        assert took_s > CHAIN_S / 2
+        assert pairs * pair_s == pytest.approx(took_s, rel=0.02)
+
+
+def test_a_chain_that_is_long_already_is_timed_once() -> None:
+    asked = []
+
+    def run_s(pairs: int, calls: int) -> float:
+        asked.append((pairs, calls))
+        return 1.0
+
+    assert long_enough(run_s) == (2, 1.0)
+    assert asked == [(2, 1)]
 
 
 @pytest.fixture(scope="module")
