@@ -113,7 +113,7 @@ def test_a_chain_that_is_long_already_is_timed_once() -> None:
 
 @pytest.fixture(scope="module")
 def calibrated() -> Hardware:
-    return calibrate(MODEL, workload=SMALL, devices=jax.devices()[:2], budget_s=20.0)
+    return calibrate(MODEL, workload=SMALL, devices=jax.devices()[:2], budget_s=60.0)
 
 
 def test_calibration_measures_every_phase_of_a_step(calibrated: Hardware) -> None:
