@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.compiler_options import decode_options
 from models.config import ModelConfig
@@ -29,8 +29,8 @@ FIRST_PAIRS, MOST_PAIRS = 2, 64
 """Products there and back in the first chain, and in the longest, after which values drift; longer ones are
 several calls."""
 
-GATHERED = (16, 2**18)
-"""Values that each device brings to a gather: one that only takes its fixed time, and one of 1 MiB."""
+EXCHANGED = (16, 2**18)
+"""Values of each device's part in a collective: one that only takes its fixed time, and one of 1 MiB."""
 
 
 def versions(device: Device) -> dict[str, str]:
@@ -54,7 +54,16 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         ]
         best = max(*rates, product_rate(1024, 1024, 1024, dtype, device))
     latency_s, link_bytes_per_s = _link(devices, bytes_per_s)
-    latency_s, gathered_bytes_per_s = _collectives(devices) or (latency_s, link_bytes_per_s)
+    exchanged = _collectives(devices)
+    exchanged_bytes_per_s, said = link_bytes_per_s, ()
+    if exchanged:
+        latency_s = statistics.median(fixed_s for fixed_s, _ in exchanged.values())
+        exchanged_bytes_per_s = statistics.median(rate for _, rate in exchanged.values())
+        each = (
+            f"{kind} {fixed_s * 1e6:.0f} us and {rate / 1e9:.3g} GB/s"
+            for kind, (fixed_s, rate) in exchanged.items()
+        )
+        said = (f"collectives over {len(devices)} devices, their medians: {'; '.join(each)}",)
     sheet = datasheet_of_device(device.device_kind)
     if sheet is None:
         sheet = Hardware(
@@ -72,7 +81,7 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
     reached = Efficiency(
         compute=min(1.0, statistics.median(rates) / sheet.peak(workload.dtype)),
         memory=min(1.0, bytes_per_s / sheet.hbm_bytes_per_s),
-        link=min(1.0, gathered_bytes_per_s / sheet.link_bytes_per_s),
+        link=min(1.0, exchanged_bytes_per_s / sheet.link_bytes_per_s),
     )
     return dataclasses.replace(
         sheet,
@@ -82,7 +91,7 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         efficiency=reached,
         devices_share_cores=device.platform == "cpu",
         calibrated=True,
-        source=(*sheet.source, "shares and fixed times: measured by roofline.calibrate"),
+        source=(*sheet.source, "shares and fixed times: measured by roofline.calibrate", *said),
         date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         versions=versions(device),
     )
@@ -179,23 +188,48 @@ def _link(devices: Sequence[Device], memory_bytes_per_s: float) -> tuple[float, 
     return latency_s, max(rates)
 
 
-def _collectives(devices: Sequence[Device]) -> tuple[float, float] | None:
-    """Fixed time [s] and bytes per second that each device sends in all-gathers over all devices;
-    None where fewer than three leave no collective that copies between two would not show."""
+def _collectives(devices: Sequence[Device]) -> dict[str, tuple[float, float]]:
+    """By kind of collective over all devices: fixed time [s], and bytes per second that each device sends.
+
+    Empty for fewer than three devices, which have no collective that copies between two would not show.
+    """
     count = len(devices)
     if count < 3:
-        return None
+        return {}
     mesh = make_mesh(devices, data=count, fsdp=1, tensor=1)
-    gather = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def gather_s(values: int) -> float:
-        array = jax.device_put(jnp.ones(values * count), NamedSharding(mesh, PartitionSpec("data")))
-        return seconds(caller(gather, array))
-
-    small, large = GATHERED
     turns = (
         count if devices[0].platform == "cpu" else 1
-    )  # simulated devices share cores: each one's part
-    latency_s = gather_s(small) / turns
-    sent_bytes = 4.0 * large * (count - 1)
-    return latency_s, sent_bytes / max(gather_s(large) / turns - latency_s, 1e-9)
+    )  # simulated devices share cores: one's part
+    found = {}
+    for kind, (program, given, passes) in exchanges(mesh).items():
+        taken = []
+        for values in EXCHANGED:
+            array = jax.device_put(jnp.ones(values * count), NamedSharding(mesh, given))
+            taken.append(seconds(caller(program, array)) / turns)
+        sent_bytes = 4.0 * passes * EXCHANGED[1] * (count - 1)
+        found[kind] = taken[0], sent_bytes / max(taken[1] - taken[0], 1e-9)
+    return found
+
+
+def exchanges(mesh: Mesh) -> dict[str, tuple[Any, PartitionSpec, int]]:
+    """Collectives over the data axis by kind: program, how its argument [D V] lies on the D devices, and how
+    often each device sends its (D - 1) V values."""
+    whole, parts = PartitionSpec(), PartitionSpec("data")
+    kinds: dict[str, tuple[Callable[..., jax.Array], PartitionSpec, PartitionSpec, int]] = {
+        "all-gather": (partial(jax.lax.all_gather, tiled=True), parts, whole, 1),
+        "reduce-scatter": (partial(jax.lax.psum_scatter, tiled=True), whole, parts, 1),
+        "all-reduce": (jax.lax.psum, whole, whole, 2),
+    }
+
+    def program(
+        exchange: Callable[..., jax.Array], given: PartitionSpec, made: PartitionSpec
+    ) -> Any:
+        over_data = partial(exchange, axis_name="data")
+        return jax.jit(
+            jax.shard_map(over_data, mesh=mesh, in_specs=given, out_specs=made, check_vma=False)
+        )
+
+    return {
+        kind: (program(exchange, given, made), given, passes)
+        for kind, (exchange, given, made, passes) in kinds.items()
+    }

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from models.config import ModelConfig
+from models.sharding import make_mesh
 from roofline import cost
 from roofline.calibrate import Workload, cached_or_calibrate, calibrate, measure, timing
 from roofline.calibrate import __main__ as command
-from roofline.calibrate.micro import CHAIN_S, long_enough
+from roofline.calibrate.micro import CHAIN_S, _collectives, exchanges, long_enough
 from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
@@ -109,6 +112,24 @@ def test_a_chain_that_is_long_already_is_timed_once() -> None:
 
     assert long_enough(run_s) == (2, 1.0)
     assert asked == [(2, 1)]
+
+
+def test_every_kind_of_collective_is_measured_by_a_program_that_is_one() -> None:
+    devices = jax.devices()[:4]
+    mesh, values = make_mesh(devices, data=4, fsdp=1, tensor=1), np.arange(32, dtype=np.float32)
+    known = exchanges(mesh)
+    assert set(known) == {"all-gather", "reduce-scatter", "all-reduce"}
+    for kind, (program, given, passes) in known.items():
+        array = jax.device_put(values, NamedSharding(mesh, given))
+        text = program.lower(array).compile().as_text()
+        assert [k for k in known if f" {k}(" in text] == [kind]
+        summed = values if kind == "all-gather" else 4 * values
+        np.testing.assert_array_equal(program(array), summed)
+        assert passes == (2 if kind == "all-reduce" else 1)
+    found = _collectives(devices)
+    assert set(found) == set(known)
+    assert all(fixed_s > 0 and bytes_per_s > 0 for fixed_s, bytes_per_s in found.values())
+    assert _collectives(devices[:2]) == {}
 
 
 @pytest.fixture(scope="module")
