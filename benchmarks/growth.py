@@ -34,7 +34,7 @@ from jaxrl.learner.steps import score
 from jaxrl.rollout.sampling import decode_chunk, empty_slots
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
-from models.decoder import abstract_decoder, prefill
+from models.decoder import abstract_decoder, prefill, split_layers
 
 FLAT, FLAT_MEMORY = 1.10, 1.02
 """Largest over smallest that counts as flat: times, and memory after the first fifth of the steps."""
@@ -131,7 +131,7 @@ def compile_times(layers: tuple[int, ...]) -> list[Row]:
 def _programs(bench: Bench) -> dict[str, float]:
     policy, forward = abstract_decoder(bench.model), bench.forward(remat=False)
     batch = bench.batch(ROWS, ROW_TOKENS)
-    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32)
+    tokens, layers = jax.ShapeDtypeStruct((4, 64), jnp.int32), jax.eval_shape(split_layers, policy)
     slots = jax.eval_shape(
         partial(
             empty_slots, bench.model, num_slots=4, max_tokens=64, num_stop_ids=1,
@@ -144,7 +144,7 @@ def _programs(bench: Bench) -> dict[str, float]:
         "prefill": (partial(prefill, dtype=jnp.float32), (policy, tokens)),
         "decode": (
             partial(decode_chunk, steps=4, dtype=jnp.dtype("float32"), filtered=False, greedy=False),
-            (policy, slots, jax.ShapeDtypeStruct((), jnp.int32)),
+            (policy, layers, slots, jax.ShapeDtypeStruct((), jnp.int32)),
         ),
     }  # fmt: skip
     seconds = {}

@@ -230,6 +230,6 @@ def test_lengths_of_a_run_are_read_and_a_torn_line_is_left_out(tmp_path: Path) -
 
 def test_a_simulation_without_devices_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--config", "quickstart", "--devices", "0"])
+        main(["--config", "quickstart", "--hardware", "h200", "--devices", "0"])
     assert ended.value.code == 2
     assert "--devices=0 must be at least 1" in capsys.readouterr().err
