@@ -100,7 +100,7 @@ def start_of(preset: str) -> float:
 def start_folder(runs: Path, seed: int, cold_start: float) -> Path:
     """Run folder of a cold start; algorithms that begin at the same pass@1 share it."""
     name = f"seed_{seed}_start"
-    return runs / (name if cold_start == COLD_START else f"{name}_{cold_start:.0%}".rstrip("%"))
+    return runs / (name if cold_start == COLD_START else f"{name}_{round(100 * cold_start)}")
 
 
 def train(folder: Path, words: Sequence[str]) -> dict[str, Any] | None:
