@@ -32,6 +32,7 @@ from jaxrl.auto_mesh import resolve, resolved_before
 from jaxrl.buffer import GroupBuffer
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import ParsedArgs, parse_args, user_errors
+from jaxrl.collector import settled
 from jaxrl.config import Config
 from jaxrl.curricula import Curricula, make_curricula, make_rollout, plan_curricula
 from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
@@ -140,7 +141,7 @@ def _run(
             rewards=rewards, problems=build.held_out(config, subject)[0], checkpoints=checkpoints,
             record=record, telemetry=telemetry, folder=folder.path, curricula=curricula,
         )  # fmt: skip
-        with telemetry.watched(buffer), worker, stop_asked() as asked:
+        with settled(), telemetry.watched(buffer), worker, stop_asked() as asked:
             completed = loop.run(asked)
         finish(
             config, subject, folder, learner, store, evaluator, record, telemetry, hardware,

@@ -7,6 +7,7 @@ Programs of their own, run back to back, are quicker than the same programs in a
 and whose threads share cores and interpreter. So the parts are the run's (engine, verifiers, learner,
 weight store, telemetry), the shapes too; only the layers are fewer, the weights random, long completions cut
 short, and rewards are coins, since all samples of random weights fail and groups without signal are dropped.
+The learning rate is 0: a policy that learns its coins soon answers alike, and then no group has a signal.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 from jaxrl import build
 from jaxrl.buffer import GroupBuffer
 from jaxrl.build import Subject
+from jaxrl.collector import settled
 from jaxrl.config import Config, TaskConfig
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.prepare import Rows, prepare
@@ -85,6 +87,7 @@ def trial_spans(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxrl-trial-")))
         parts = _make(config, subject, meshes, hardware, folder, stack)
         parts.play(0, 0.0)
+        stack.enter_context(settled())
         turn_s, until_s = budget_s / TURNS, time.perf_counter() + budget_s
         while True:
             parts.play(0, LOCKSTEP_SHARE * turn_s)
@@ -193,12 +196,13 @@ def _make(
 
 
 def _shortened(config: Config) -> Config:
-    """No cold start, no adapter, and completions of at most MOST_CHUNKS chunks."""
+    """No cold start, no adapter, no learning, and completions of at most MOST_CHUNKS chunks."""
     rollout = config.rollout
     tokens = min(rollout.max_new_tokens, MOST_CHUNKS * rollout.chunk_steps)
     return dataclasses.replace(
         config,
         rollout=dataclasses.replace(rollout, max_new_tokens=tokens),
+        train=dataclasses.replace(config.train, learning_rate=0.0),
         sft=dataclasses.replace(config.sft, steps=0),
         lora=dataclasses.replace(config.lora, rank=0),
     )
