@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,13 @@ from roofline.network import Network
 from roofline.phases import Phase, PhaseCost
 from roofline.placement import Placement, Turns
 from roofline.predict import Prediction, mbu, mfu, predict
-from roofline.question import PHASES, Question
+from roofline.question import PHASES, Question, resized
 from roofline.traffic import Collective
 from roofline.training import Parallel, TrainStep, train_step
 
 GIB = 2**30
+MOST_DOUBLINGS = 12
+"""Of the devices, where no other remedy is found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,9 +60,13 @@ def answer(question: Question) -> Answer:
     """Predict one phase.
 
     Raises:
-        ValueError: the mesh does not divide the model, nodes or network do not carry it, or the
-            memory does not hold it; the message names the nearest sizes that work.
+        ValueError: the mesh is not one of the phase or does not divide the model, nodes or network do
+            not carry it, or the memory does not hold it; the message names the nearest sizes that work.
     """
+    if question.fsdp > 1 and not question.trains:
+        raise ValueError(
+            f"{question.phase} gathers no weights: use --parallel.data {question.fsdp}, not fsdp"
+        )
     shard(question.stage, question.layout)  # refuses sizes that do not divide the model
     question.placement.check(question.hardware)
     memory = needed_memory(question)
@@ -105,7 +112,7 @@ def collectives_of(question: Question) -> tuple[Collective, ...]:
             once = traffic.forward(stage, layout, tokens)
         case Phase.DECODE:
             once = traffic.forward(stage, layout, ceil_div(rows, times)) * q.steps
-        case Phase.SCORE:
+        case Phase.SCORE | Phase.REFERENCE:
             once = traffic.forward(stage, layout, tokens)
             once += traffic.scored_head(stage, layout, tokens, trains=False)
         case Phase.TRAIN:
@@ -199,6 +206,8 @@ def cost_of(question: Question) -> PhaseCost:
             return _times(cost.decode(stage, layout, rows, q.kv_len, q.steps), times)
         case Phase.SCORE:
             return cost.score(stage, layout, q.tokens, rows, times, q.chunk_tokens)
+        case Phase.REFERENCE:
+            return cost.reference(stage, layout, q.tokens, rows, times, q.chunk_tokens)
         case Phase.TRAIN:
             return cost.train(stage, layout, q.tokens, rows, times, q.remat, q.chunk_tokens)
         case Phase.OPTIMIZER:
@@ -221,7 +230,7 @@ def needed_memory(question: Question) -> dict[str, int]:
     """Bytes by name on the busiest device: of a trainer's step all that it holds, of another phase what
     its program needs. A stage keeps the activations of as many micro-batches as there are stages."""
     q, stage, turns = question, question.stage, question.turns
-    if q.phase in (Phase.SCORE, Phase.PREFILL):
+    if q.phase in (Phase.SCORE, Phase.REFERENCE, Phase.PREFILL):
         return program_memory(
             stage, q.layout, q.phase, rows=ceil_div(q.batch, turns.microbatches),
             row_tokens=q.tokens, chunk_tokens=q.chunk_tokens,
@@ -241,7 +250,7 @@ def _tokens(question: Question) -> float:
     match question.phase:
         case Phase.DECODE:
             return question.batch * question.steps
-        case Phase.PREFILL | Phase.SCORE | Phase.TRAIN:
+        case Phase.PREFILL | Phase.SCORE | Phase.REFERENCE | Phase.TRAIN:
             return question.batch * question.tokens
         case _:
             return 0.0
@@ -249,42 +258,89 @@ def _tokens(question: Question) -> float:
 
 def _does_not_fit(question: Question, needed: float) -> str:
     """The message, with the nearest choice on each axis that fits alone, or else on two axes."""
-    model = question.model
-    choices: dict[str, list[Any]] = {
-        "batch": [question.batch >> k for k in range(1, question.batch.bit_length())],
-        "tensor": [
-            n for n in range(question.tensor + 1, model.num_kv_heads + 1)
-            if model.num_kv_heads % n == 0 and model.ffw_size % n == 0
-        ],
-    }  # fmt: skip
-    layers = model.num_layers
-    choices["pipeline"] = [n for n in range(question.pipeline + 1, layers + 1) if layers % n == 0]
-    if question.trains:
-        wider = range(question.fsdp + 1, 1025)
-        choices["fsdp"] = [n for n in wider if model.width % n == 0]
-        choices["remat"] = ["block"] if question.remat == "none" else []
-    remedies = list(filter(None, (_nearest(question, {name: choices[name]}) for name in choices)))
+    choices = _choices(question)
+    alone = (_nearest(question, {name: values}) for name, values in choices.items())
+    remedies = list(filter(None, alone))
     if not remedies:
         pairs = itertools.combinations(choices, 2)
         tried = (_nearest(question, {name: choices[name] for name in pair}) for pair in pairs)
         remedies = list(filter(None, tried))[:2]
-    remedy = " or ".join(remedies) or "neither two of its sizes changed; use larger hardware"
+    if not remedies and question.devices:
+        remedies = _more_devices(question)
+    remedy = (
+        f"it fits with {' or '.join(remedies)}" if remedies
+        else "changing one or two of its sizes is not enough; use larger hardware"
+    )  # fmt: skip
     return (
         f"{question.phase} needs {needed / GIB:.1f} GiB per device, but {question.hardware.name} "
-        f"has {question.hardware.hbm_bytes / GIB:.1f} GiB; it fits with {remedy}"
+        f"has {question.hardware.hbm_bytes / GIB:.1f} GiB; {remedy}"
     )
+
+
+def _choices(question: Question) -> dict[str, list[Any]]:
+    """Values that need less memory, the nearest first; first what changes no result."""
+    model, layers = question.model, question.model.num_layers
+    choices: dict[str, list[Any]] = {}
+    if question.trains:
+        choices["remat"] = ["block"] if question.remat == "none" else []
+        wider = range(question.fsdp + 1, 1025)
+        choices["fsdp"] = [n for n in wider if model.width % n == 0]
+    choices["tensor"] = [
+        n for n in range(question.tensor + 1, model.num_kv_heads + 1)
+        if model.num_kv_heads % n == 0 and model.ffw_size % n == 0
+    ]  # fmt: skip
+    choices["pipeline"] = [n for n in range(question.pipeline + 1, layers + 1) if layers % n == 0]
+    length = "kv_len" if question.phase is Phase.DECODE else "tokens"
+    choices |= {name: _smaller(question, name) for name in ("batch", length)}
+    return choices
+
+
+def _more_devices(question: Question) -> list[str]:
+    """The least doubling of the devices that fits, with the weights spread over all that hold no layers or
+    heads of their own, and everything recomputed; a decode's over replicas."""
+    for times in (2**k for k in range(1, MOST_DOUBLINGS)):
+        grown: dict[str, Any] = {"devices": question.devices * times}
+        if question.trains:
+            grown |= {"fsdp": question.fsdp * question.data * times}
+        if question.trains and question.remat == "none":
+            grown |= {"remat": "block"}
+        if found := _nearest(question, {name: [value] for name, value in grown.items()}):
+            return [found]
+    return []
+
+
+def _smaller(question: Question, name: str) -> list[int]:
+    """The largest value that fits, found by halving the range, then halves of the present value."""
+    present = getattr(question, name)
+    fits, too_large = 0, present
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        if _fits(question, {name: middle}):
+            fits = middle
+        else:
+            too_large = middle
+    halves = [present >> k for k in range(1, present.bit_length())]
+    return [fits, *halves] if fits else halves
 
 
 def _nearest(question: Question, choices: dict[str, list[Any]]) -> str | None:
     """The first combination that fits, as options; None if none does."""
-    options = {"batch": "--batch", "remat": "--remat"}
+    plain = ("batch", "tokens", "remat", "devices")
+    options = {"kv_len": "--kv-len", **{name: f"--{name}" for name in plain}}
     for values in itertools.product(*choices.values()):
         changed = dict(zip(choices, values, strict=True))
-        if _fits(dataclasses.replace(question, **changed)):
+        if _fits(question, changed):
             words = (f"{options.get(n, f'--parallel.{n}')} {v}" for n, v in changed.items())
             return " ".join(words)
     return None
 
 
-def _fits(question: Question) -> bool:
-    return sum(needed_memory(question).values()) <= question.hardware.hbm_bytes
+def _fits(question: Question, sizes: Mapping[str, Any]) -> bool:
+    """Whether these sizes can be had, nodes and micro-batches included, and the memory holds them."""
+    try:
+        changed = resized(question, sizes)
+        changed.placement.check(changed.hardware)
+        needed = needed_memory(changed)
+    except ValueError:
+        return False
+    return sum(needed.values()) <= question.hardware.hbm_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from roofline import model_zoo
 from roofline.datasheets import datasheet
 from roofline.hardware import Hardware
 from roofline.machine import cache_folder
+from roofline.names import meant
 from roofline.settings import Settings, model_of, read_settings, workload_of
 
 EXIT_USER_ERROR = 2
@@ -33,10 +33,9 @@ def find_model(name: str, vocab_size: int) -> ModelConfig:
         return model_of(read_settings(name), vocab_size)
     known = model_zoo.ZOO
     if not path.exists() and name.rpartition("/")[2].lower() not in known:
-        nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"no model {name!r}; did you mean {nearest!r}? Give a run folder, the path of a "
-            f"config.json or one of {', '.join(known)}"
+            f"no model {name!r}{meant(name, known)} Give a run folder, the path of a config.json or one "
+            f"of {', '.join(known)}"
         )
     return model_zoo.find_model(name).config
 

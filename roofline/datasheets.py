@@ -13,11 +13,11 @@ float32 vector (L4).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Literal
 
 from roofline.hardware import Efficiency, Hardware
+from roofline.names import meant
 
 TERA, GIGA, MEGA, MICRO = 1e12, 1e9, 1e6, 1e-6
 
@@ -213,9 +213,10 @@ DATASHEETS: Mapping[str, Hardware] = {
 """Known GPUs by name."""
 
 ALSO_CALLED: Mapping[str, str] = {
-    "a100-40gb-sxm": "a100-sxm-40gb", "a100-80gb-sxm": "a100-sxm-80gb",
+    "a100": "a100-sxm-80gb", "a100-40gb-sxm": "a100-sxm-40gb", "a100-80gb-sxm": "a100-sxm-80gb",
     "h100": "h100-sxm", "h100-80gb-sxm": "h100-sxm", "h100-80gb-pcie": "h100-pcie",
     "h200-sxm": "h200", "h200-141gb-sxm": "h200", "b200-sxm": "b200", "b200-180gb-sxm": "b200",
+    "rtx4090": "rtx-4090", "rtx3090": "rtx-3090",
 }  # fmt: skip
 """Other names that users and tables of measurements have for the same GPUs."""
 
@@ -235,19 +236,18 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def datasheet(name: str) -> Hardware:
-    """Datasheet entry by name, for example "h200" or "h100-80gb-sxm".
+    """Datasheet entry by name, for example "h200" or "H100-80GB-SXM".
 
     Raises:
         ValueError: unknown name; the message lists the known ones and the most similar.
     """
     known = {**{key: key for key in DATASHEETS}, **ALSO_CALLED}
-    if name not in known:
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    key = name.lower().replace("_", "-").replace(" ", "-")
+    if key not in known:
         raise ValueError(
-            f"no datasheet for hardware {name!r}; did you mean {nearest!r}? "
-            f"known: {', '.join(DATASHEETS)}"
+            f"no datasheet for hardware {name!r}{meant(key, known)} Known: {', '.join(DATASHEETS)}"
         )
-    return DATASHEETS[known[name]]
+    return DATASHEETS[known[key]]
 
 
 def datasheet_of_device(device_kind: str) -> Hardware | None:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from models.config import ModelConfig
 from roofline import cost
 from roofline.hardware import Hardware
 from roofline.kernels import Layout, ceil_div
+from roofline.names import meant
 from roofline.phases import Phase
 from roofline.placement import Placement, Turns, turns_of
 
 PHASES = (
-    Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.TRAIN, Phase.OPTIMIZER, Phase.PUBLISH,
+    Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.REFERENCE, Phase.TRAIN, Phase.OPTIMIZER,
+    Phase.PUBLISH,
 )  # fmt: skip
 EVERY_UP_TO = 32
 """A sweep a..b takes every value where there are at most so many, else doublings."""
 SWEEPABLE = (
-    "batch", "kv_len", "tokens", "steps", "data", "fsdp", "tensor", "pipeline", "nodes",
+    "batch", "kv_len", "tokens", "steps", "devices", "data", "fsdp", "tensor", "pipeline", "nodes",
     "microbatches", "chunk_tokens",
 )  # fmt: skip
 
@@ -38,6 +43,9 @@ class Question:
     """Of a prompt, or of a packed row."""
     steps: int = 1
     """Decode steps in one program."""
+    devices: int = 0
+    """All devices, where their number is fixed: `resized` then gives data what the other axes leave. 0: as
+    many as the axes come to."""
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
@@ -55,7 +63,7 @@ class Question:
     @property
     def trains(self) -> bool:
         """Whether the devices hold a learner: float32 weights, gradients, optimizer state."""
-        return self.phase in (Phase.TRAIN, Phase.OPTIMIZER, Phase.PUBLISH, Phase.SCORE)
+        return self.phase not in (Phase.PREFILL, Phase.DECODE)
 
     @property
     def placement(self) -> Placement:
@@ -83,6 +91,10 @@ class Question:
     def turns(self) -> Turns:
         """Micro-batches of a replica and the turns that the pipeline needs for them."""
         rows = ceil_div(self.batch, self.layout.row_shards)
+        if self.phase in (Phase.OPTIMIZER, Phase.PUBLISH, Phase.DECODE) and self.microbatches:
+            raise ValueError(
+                f"microbatches={self.microbatches}: {self.phase} has none; leave them out"
+            )
         if self.phase in (Phase.OPTIMIZER, Phase.PUBLISH):
             return Turns(stages=1, microbatches=1)
         if self.phase is Phase.DECODE:  # as many groups of slots as stages, always under way
@@ -98,6 +110,31 @@ class Question:
         )  # fmt: skip
 
 
+def resized(question: Question, sizes: Mapping[str, Any]) -> Question:
+    """The question with other sizes.
+
+    Raises:
+        ValueError: the number of devices is fixed and the axes do not divide it, or data itself is changed.
+    """
+    changed = dataclasses.replace(question, **sizes)
+    if not changed.devices:
+        return changed
+    inner = {name: getattr(changed, name) for name in ("tensor", "fsdp", "pipeline")}
+    if "data" in sizes:
+        raise ValueError(
+            f"--devices={changed.devices} leaves data to follow from the other axes; leave out "
+            "--devices, or sweep devices"
+        )
+    size, product = math.prod(inner.values()), " * ".join(n for n in inner if inner[n] > 1)
+    if changed.devices % size:
+        near = (changed.devices // size * size, ceil_div(changed.devices, size) * size)
+        raise ValueError(
+            f"--devices={changed.devices} is not a multiple of {product} = {size}; use "
+            f"{' or '.join(str(n) for n in near if n)}"
+        )
+    return dataclasses.replace(changed, data=changed.devices // size)
+
+
 def parse_sweep(text: str) -> tuple[str, list[int]]:
     """("batch", [1, 2, 4, ...]) of "batch=1..1024" or "batch=1,8,64".
 
@@ -107,7 +144,9 @@ def parse_sweep(text: str) -> tuple[str, list[int]]:
     name, _, values = text.partition("=")
     name = name.strip().replace("-", "_").removeprefix("parallel.")
     if name not in SWEEPABLE:
-        raise ValueError(f"cannot sweep {name!r}; use one of {', '.join(SWEEPABLE)}")
+        raise ValueError(
+            f"cannot sweep {name!r}{meant(name, SWEEPABLE)} Use one of {', '.join(SWEEPABLE)}"
+        )
     try:
         if ".." in values:
             low, high = (int(part) for part in values.split(".."))
@@ -118,6 +157,8 @@ def parse_sweep(text: str) -> tuple[str, list[int]]:
             doubled = [low << k for k in range((high // low).bit_length())]
             return name, doubled if doubled[-1] == high else [*doubled, high]
         chosen = [int(part) for part in values.split(",")]
+        if min(chosen) < 1:
+            raise ValueError
     except ValueError:
         raise ValueError(
             f"sweep {text!r} must look like batch=1..1024 or batch=1,8,64, numbers from 1"

@@ -20,6 +20,7 @@ from models.rows import PrefixRows, SharedPrompts
 from roofline import model_zoo
 from roofline.cost import Remat
 from roofline.machine import Workload
+from roofline.names import meant
 
 MISSPELT = 0.85
 """Similarity from which an unknown key is taken for a misspelt one."""
@@ -236,7 +237,8 @@ def _find(name: str) -> Path:
             return place
     known = sorted({file.stem for folder in CONFIG_FOLDERS for file in folder.glob("*.yaml")})
     raise ValueError(
-        f"no configuration {name!r}; give a YAML file, a run folder or one of {', '.join(known)}"
+        f"no configuration {name!r}{meant(name, known)} Give a YAML file, a run folder or one of "
+        f"{', '.join(known)}"
     )
 
 
@@ -277,7 +279,7 @@ def _typed(value: Any, default: Any, where: str) -> Any:
         return float(value)
     if type(value) is not type(default):
         raise ValueError(
-            f"{where}={value!r} is a {type(value).__name__}; it must be a {type(default).__name__}"
+            f"{where}={value!r} is a {type(value).__name__}; its type must be {type(default).__name__}"
         )
     return value
 

@@ -17,12 +17,14 @@ from rich.table import Table
 
 from roofline.answer import GIB, Answer, answer
 from roofline.choose import find_hardware, find_model, report_errors
+from roofline.names import meant
 from roofline.phases import Phase
 from roofline.predict import Prediction
-from roofline.question import PHASES, SWEEPABLE, Question, parse_sweep
+from roofline.question import PHASES, SWEEPABLE, Question, parse_sweep, resized
 from roofline.svg import curves, si
 
-COLUMNS_BESIDE_BAR = 66
+COLUMNS_BESIDE_BAR = 74
+AXES = ("tensor", "fsdp", "pipeline", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,7 +49,7 @@ def _run(options: argparse.Namespace) -> None:
     answers: dict[int, Answer | str] = {}
     for value in values:
         try:
-            answers[value] = answer(dataclasses.replace(question, **{name: value}))
+            answers[value] = answer(resized(question, {name: value}))
         except ValueError as error:
             answers[value] = str(error)
     found = {value: seen for value, seen in answers.items() if isinstance(seen, Answer)}
@@ -82,53 +84,39 @@ def sweep_svg(name: str, answers: dict[int, Answer]) -> str:
 
 
 def _question(options: argparse.Namespace) -> Question:
-    model, hardware = find_model(options.model, options.vocab_size), find_hardware(options.hardware)
-    sizes = (
-        "tensor", "fsdp", "pipeline", "batch", "kv_len", "tokens", "steps", "chunk_tokens",
+    counted = (
+        *AXES, "batch", "kv_len", "tokens", "steps", "chunk_tokens", "devices", "nodes",
+        "microbatches", "vocab_size",
     )  # fmt: skip
-    for name in sizes:
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(options, name)} must be >= 1")
-    for name in ("nodes", "microbatches"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)} must be >= 1")
-    phase = Phase(options.phase)
-    if options.fsdp > 1 and phase in (Phase.PREFILL, Phase.DECODE):
+    for name in counted:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            option = f"parallel.{name}" if name in AXES else name.replace("_", "-")
+            raise ValueError(f"--{option}={value} must be >= 1")
+    model, hardware = find_model(options.model, options.vocab_size), find_hardware(options.hardware)
+    if options.dtype not in hardware.peak_flops_per_s:
+        known = sorted(hardware.peak_flops_per_s)
         raise ValueError(
-            f"{phase} gathers no weights: use --parallel.data {options.fsdp}, not fsdp"
+            f"--dtype={options.dtype}: {hardware.name} has no peak for it"
+            f"{meant(options.dtype, known)} It has {', '.join(known)}"
         )
-    return Question(
-        model=model, hardware=hardware, phase=phase, batch=options.batch, kv_len=options.kv_len,
-        tokens=options.tokens, steps=options.steps, data=_data(options), fsdp=options.fsdp,
+    asked = Question(
+        model=model, hardware=hardware, phase=Phase(options.phase), batch=options.batch, kv_len=options.kv_len,
+        tokens=options.tokens, steps=options.steps, data=options.data or 1, fsdp=options.fsdp,
         tensor=options.tensor, pipeline=options.pipeline, nodes=options.nodes or 0,
         microbatches=options.microbatches or 0, dtype=options.dtype, remat=options.remat,
         chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
-
-
-def _data(options: argparse.Namespace) -> int:
-    """Replicas, from --parallel.data or what --devices leaves for them."""
-    inner, named = options.tensor * options.fsdp * options.pipeline, "tensor * fsdp"
-    if options.pipeline > 1:
-        named += " * pipeline"
     if options.devices is None:
-        return options.data or 1
+        return asked
     if options.data is None:
-        if options.devices % inner:
-            near = [
-                n for n in (options.devices // inner * inner, -(-options.devices // inner) * inner)
-            ]
-            raise ValueError(
-                f"--devices={options.devices} is not a multiple of {named} = {inner}; use "
-                f"{' or '.join(str(n) for n in near if n)}"
-            )
-        return options.devices // inner
-    if options.devices != options.data * inner:
+        return resized(asked, {"devices": options.devices})
+    if options.devices != asked.placement.devices:
+        named = "data * fsdp * tensor" + (" * pipeline" if options.pipeline > 1 else "")
         raise ValueError(
-            f"--devices={options.devices}, but data * {named.replace('tensor * fsdp', 'fsdp * tensor')} "
-            f"= {options.data * inner}; give one of the two"
+            f"--devices={options.devices}, but {named} = {asked.placement.devices}; give one of the two"
         )
-    return options.data
+    return dataclasses.replace(asked, devices=options.devices)
 
 
 def _parser() -> argparse.ArgumentParser:

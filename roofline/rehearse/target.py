@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 from importlib import resources
@@ -12,6 +11,7 @@ import jax
 from jax.experimental import topologies
 
 from roofline.datasheets import datasheet
+from roofline.names import meant
 
 HOST = "cpu"
 """The host's devices: what CI compiles for."""
@@ -43,9 +43,8 @@ def target_devices(name: str, count: int) -> Sequence[Any]:
     known = target_names()
     hardware = datasheet(name)  # other names of the same card
     if hardware.name not in known:
-        near = difflib.get_close_matches(hardware.name, known, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"no target description of {name!r}; did you mean {near!r}? known: {', '.join(known)}"
+            f"no target description of {name!r}{meant(hardware.name, known)} Known: {', '.join(known)}"
         )
     if not 1 <= count <= hardware.node_devices:
         raise ValueError(

@@ -156,7 +156,7 @@ def test_stages_nodes_and_microbatches_can_be_swept(sweep: str, capsys) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--parallel.pipeline", "3"], "is not a multiple of tensor * fsdp * pipeline = 6; use 12 or 18"),
+        (["--parallel.pipeline", "3"], "is not a multiple of fsdp * pipeline = 6; use 12 or 18"),
         (["--parallel.pipeline", "8"], "pipeline=8 does not divide num_layers=28; use one of [1, 2, 4, 7"),
         (["--nodes", "3"], "nodes=3 do not share 16 devices evenly; use 2 or 4"),
         (["--nodes", "1"], "a node of h100-sxm has 8; use --nodes 2"),

@@ -94,7 +94,10 @@ def test_sweeps_go_up_one_by_one_or_in_doublings(text: str, values: list[int]) -
     assert parse_sweep(text)[1] == values
 
 
-@pytest.mark.parametrize("text", ["width=1..2", "batch", "batch=0..3", "batch=9..3", "batch=x"])
+@pytest.mark.parametrize(
+    "text",
+    ["width=1..2", "batch", "batch=0..3", "batch=9..3", "batch=x", "batch=0,1", "batch=-4,1"],
+)
 def test_what_cannot_be_swept_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"cannot sweep|must look like"):
         parse_sweep(text)
@@ -139,7 +142,15 @@ def test_each_size_proposed_where_memory_runs_out_does_fit() -> None:
         (["--parallel.data", "3"], "data * fsdp * tensor = 6"),
         (["--parallel.fsdp", "2"], "use --parallel.data 2"),
         (["--batch", "0"], "--batch=0 must be >= 1"),
-        (["--dtype", "float12"], "float12"),
+        (["--dtype", "bf16"], "did you mean 'bfloat16'"),
+        (["--kv-len", "0"], "--kv-len=0 must be >= 1"),
+        (["--devices", "0"], "--devices=0 must be >= 1"),
+        (["--parallel.data", "0"], "--parallel.data=0 must be >= 1"),
+        (["--vocab-size", "-3"], "--vocab-size=-3 must be >= 1"),
+        (["--microbatches", "2"], "microbatches=2: decode has none"),
+        (["--sweep", "fsdp=2,4"], "use --parallel.data 2"),
+        (["--sweep", "data=1..4"], "leave out --devices"),
+        (["--sweep", "batsh=1..4"], "did you mean 'batch'"),
         (["--sweep", "depth=1..2"], "cannot sweep 'depth'"),
         (["--svg", "sweep.svg"], "add --sweep"),
         (["--sweep", "batch=1,2", "--svg", "no/such/folder.svg"], "No such file or directory"),
@@ -188,3 +199,74 @@ def test_the_module_is_a_command() -> None:
         text=True, check=True,
     )  # fmt: skip
     assert "--kv-len" in done.stdout
+
+
+@pytest.mark.parametrize("axis", ["tensor", "fsdp", "pipeline"])
+def test_a_sweep_over_an_axis_keeps_the_number_of_devices(axis: str, capsys) -> None:
+    words = ["--model", "qwen3-1.7b", "--hardware", "h200", "--devices", "8", "--phase", "train"]
+    main([*words, "--batch", "8", "--remat", "block", "--sweep", f"{axis}=1,2,3,4", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    meshes = [row["placement"] for row in rows if "error" not in row]
+    assert [(m[axis], m["data"]) for m in meshes] == [(1, 8), (2, 4), (4, 2)]
+    refused = next(row["error"] for row in rows if row[axis] == 3)
+    assert f"--devices=8 is not a multiple of {axis} = 3; use 6 or 9" in refused
+
+
+def test_a_sweep_over_devices_gives_them_to_the_replicas(capsys) -> None:
+    main([*ARGUMENTS, "--sweep", "devices=2,8,64", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["placement"]["data"] for row in rows] == [1, 4, 32]
+    assert [row["placement"]["nodes"] for row in rows] == [1, 1, 8]
+
+
+def test_what_is_proposed_for_so_many_devices_works_with_so_many(capsys) -> None:
+    words = ["--model", "qwen3-8b", "--hardware", "h100-sxm", "--devices", "8", "--phase", "train"]
+    words += ["--batch", "8", "--tokens", "4096"]
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().err
+    remedies = re.findall(r"(--[\w.]+) (\w+)", said.partition("fits with")[2])
+    assert {"--parallel.fsdp", "--parallel.tensor"} <= {option for option, _ in remedies}
+    for remedy in remedies:
+        main([*words, *remedy, "--json"])
+
+
+def test_the_largest_batch_and_the_longest_cache_that_fit_are_proposed() -> None:
+    for size, present in (("batch", 10**9), ("kv_len", 10**9)):
+        question = dataclasses.replace(DECODE, **{size: present})
+        with pytest.raises(ValueError, match="it fits with") as refused:
+            answer(question)
+        found = re.search(rf"--{size.replace('_', '-')} (\d+)", str(refused.value))
+        assert found is not None
+        answer(dataclasses.replace(question, **{size: int(found[1])}))
+        with pytest.raises(ValueError, match="GiB per device"):
+            answer(dataclasses.replace(question, **{size: int(found[1]) + 32}))
+
+
+def test_a_remedy_is_found_where_smaller_batches_have_too_few_rows_for_the_microbatches() -> None:
+    question = dataclasses.replace(
+        DECODE, model=find_model("qwen3-8b", 128), phase=Phase.TRAIN, data=1, tensor=1, fsdp=4,
+        batch=256, tokens=8192, microbatches=4,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="it fits with"):
+        answer(question)
+
+
+def test_scoring_under_the_reference_costs_what_scoring_does() -> None:
+    score = dataclasses.replace(DECODE, phase=Phase.SCORE, batch=8, data=1)
+    seen, reference = (
+        answer(dataclasses.replace(score, phase=phase)) for phase in (Phase.SCORE, Phase.REFERENCE)
+    )
+    assert seen.prediction.expected_s == reference.prediction.expected_s
+    assert seen.memory_bytes == reference.memory_bytes
+
+
+def test_where_no_size_helps_more_devices_are_proposed(capsys) -> None:
+    words = ["--model", "llama-3.1-70b", "--hardware", "h100", "--devices", "8", "--phase", "train"]
+    words += ["--batch", "64", "--tokens", "2048"]
+    with pytest.raises(SystemExit):
+        main(words)
+    said = capsys.readouterr().err
+    assert "it fits with --devices 32 --parallel.fsdp 32 --remat block" in said
+    main([*words, "--devices", "32", "--parallel.fsdp", "32", "--remat", "block"])
+    assert "32 x h100-sxm on 4 nodes of 8" in capsys.readouterr().out
