@@ -29,7 +29,7 @@ from models.config import ModelConfig
 from models.decoder import abstract_decoder
 from models.lora import AdaptedDecoder, init_adapter
 from models.sharding import adapter_shardings, batch_sharding, policy_shardings
-from roofline import traffic
+from roofline import cost, traffic
 from roofline.kernels import ceil_div
 from roofline.memory import program_memory
 from roofline.phases import Phase
@@ -270,7 +270,8 @@ class Stage:
         learner, rollout = self.shapes.learner, self.shapes.rollout
         return Program(
             phase=Phase.PUBLISH, lane="learner", function=store.program,
-            arguments=(self.trained,), mesh=self.learner_mesh, cost=self.shapes.publish(),
+            arguments=(self.trained,), mesh=self.learner_mesh,
+            cost=cost.reshard(self.model, learner, rollout),
             traffic=traffic.publication(self.model, learner, rollout),
             memory=program_memory(self.model, learner, Phase.PUBLISH),
             resident=local_bytes(self.trained),

@@ -33,6 +33,7 @@ from roofline.kernels import (
     Work,
     all_gather,
     all_reduce,
+    as_cost,
     cached_bytes,
     ceil_div,
     passes,
@@ -43,11 +44,12 @@ from roofline.kernels import (
 )
 from roofline.parameters import held_parameters, num_arrays, trained_arrays, trained_parameters
 from roofline.phases import Phase, PhaseCost
+from roofline.publication import publish, reshard
 from roofline.traffic import as_work
 
 __all__ = [
     "Layout", "Remat", "checkpoint", "decode", "optimizer", "prefill", "publish", "reference",
-    "score", "train",
+    "reshard", "score", "train",
 ]  # fmt: skip
 
 Remat = Literal["none", "block"]
@@ -73,7 +75,7 @@ def prefill(
     if samples:
         entering = ceil_div(samples, layout.row_shards)
         work += passes(2 * held * entering, 1, 2 * model.num_layers)
-    return _cost(Phase.PREFILL, work, layout, dispatches=4)
+    return as_cost(Phase.PREFILL, work, layout, dispatches=4)
 
 
 def decode(
@@ -97,7 +99,7 @@ def decode(
     step += _head(local, part, layout) + _sample(local, model, part)
     step += as_work(traffic.forward(model, layout, local))
     work = step.times(steps) + as_work(traffic.samples(layout, slots, steps))
-    return _cost(Phase.DECODE, work, layout, dispatches=1)
+    return as_cost(Phase.DECODE, work, layout, dispatches=1)
 
 
 def score(
@@ -111,7 +113,7 @@ def score(
 ) -> PhaseCost:
     """Log-probabilities of `microbatches` packed batches of [rows, row_tokens], forward only."""
     work = _scoring(model, layout, row_tokens, rows, chunk_tokens, shared).times(microbatches)
-    return _cost(Phase.SCORE, work, layout, dispatches=microbatches)
+    return as_cost(Phase.SCORE, work, layout, dispatches=microbatches)
 
 
 def reference(
@@ -125,7 +127,7 @@ def reference(
 ) -> PhaseCost:
     """`score` under the frozen reference: the same work."""
     work = _scoring(model, layout, row_tokens, rows, chunk_tokens, shared).times(microbatches)
-    return _cost(Phase.REFERENCE, work, layout, dispatches=microbatches)
+    return as_cost(Phase.REFERENCE, work, layout, dispatches=microbatches)
 
 
 def train(
@@ -168,7 +170,7 @@ def train(
     once += head.times(3 if model.lora else 4)
     once += _cast_weights(model, layout).times(2) + _add_gradients(model, layout)
     once += as_work(traffic.train(model, layout, tokens, local * _predicting(row_tokens, shared)))
-    return _cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)
+    return as_cost(Phase.TRAIN, once.times(microbatches), layout, dispatches=microbatches)
 
 
 def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
@@ -180,48 +182,16 @@ def optimizer(model: ModelConfig, layout: Layout) -> PhaseCost:
     held, arrays = trained_parameters(model, layout), trained_arrays(model)
     work = passes(8 * held, FLOAT32_BYTES, 3 * arrays)
     work += all_reduce(FLOAT32_BYTES, layout.fsdp * layout.tensor)
-    return _cost(Phase.OPTIMIZER, work, layout, dispatches=1)
+    return as_cost(Phase.OPTIMIZER, work, layout, dispatches=1)
 
 
 def checkpoint(model: ModelConfig, layout: Layout) -> PhaseCost:
     """The trained parameters and AdamW's two moments in float32, read once on their way to the host: 12
     bytes per parameter held. What the host and its disk take depends on neither model nor mesh."""
     read = 3.0 * FLOAT32_BYTES * trained_parameters(model, layout)
-    return _cost(Phase.CHECKPOINT, Work(hbm_bytes=read, streamed_bytes=read), layout, dispatches=0)
-
-
-def publish(
-    model: ModelConfig, learner: Layout, rollout: Layout, *, same_devices: bool = False
-) -> PhaseCost:
-    """Cast to the rollout's type, gather over fsdp, copy to every rollout replica. Of an adapted model
-    the adapter alone.
-
-    Counted on the learner's busiest device; all learner devices send equal parts. `same_devices`:
-    rollout and learner share devices, and what the cast made is used where it lies.
-    """
-    arrays, held = trained_arrays(model), trained_parameters(model, learner)
-    stored = FLOAT32_BYTES if model.lora else learner.param_bytes
-    work = passes(held, stored, arrays) + passes(held, rollout.param_bytes, 0)
-    one = Layout(
-        compute_dtype=learner.compute_dtype, param_dtype=learner.param_dtype,
-        kv_dtype=learner.kv_dtype,
-    )  # fmt: skip
-    total = trained_parameters(model, one) if model.lora else model.num_parameters
-    whole = total / learner.tensor * rollout.param_bytes
-    work += all_gather(whole, learner.fsdp, arrays)
-    if same_devices:
-        return _cost(Phase.PUBLISH, work, learner, dispatches=2)
-    sent = total * rollout.param_bytes * rollout.row_shards / learner.devices
-    work += Work(hbm_bytes=sent, streamed_bytes=sent, link_bytes=sent, collectives=arrays)
-    return _cost(Phase.PUBLISH, work, learner, dispatches=2)
-
-
-def _cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
-    return PhaseCost(
-        phase=phase, flops=work.flops, hbm_bytes=work.hbm_bytes, streamed_bytes=work.streamed_bytes,
-        link_bytes=work.link_bytes, launches=work.launches, collectives=work.collectives,
-        dispatches=dispatches, dtype=layout.compute_dtype,
-    )  # fmt: skip
+    return as_cost(
+        Phase.CHECKPOINT, Work(hbm_bytes=read, streamed_bytes=read), layout, dispatches=0
+    )
 
 
 def _scoring(

@@ -14,6 +14,7 @@ from typing import Any
 from models.config import ModelConfig
 from models.rows import RowAttention
 from roofline.hardware import DTYPE_BYTES
+from roofline.phases import Phase, PhaseCost
 
 FLOAT32_BYTES = 4
 
@@ -180,6 +181,15 @@ def cached_bytes(part: Shard, layout: Layout) -> float:
     """Bytes of one token's keys, or values, in one layer: K' (H values and a scale)."""
     kv_heads = part.kv * part.heads / part.query
     return part.kv * layout.kv_bytes + kv_heads * layout.kv_scale_bytes
+
+
+def as_cost(phase: Phase, work: Work, layout: Layout, dispatches: int) -> PhaseCost:
+    """The work as that of a phase, started so often from Python."""
+    return PhaseCost(
+        phase=phase, flops=work.flops, hbm_bytes=work.hbm_bytes, streamed_bytes=work.streamed_bytes,
+        link_bytes=work.link_bytes, launches=work.launches, collectives=work.collectives,
+        dispatches=dispatches, dtype=layout.compute_dtype,
+    )  # fmt: skip
 
 
 def ceil_div(amount: int, parts: int) -> int:

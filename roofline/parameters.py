@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from models.config import ModelConfig
-from roofline.adapters import adapter_arrays, adapter_parameters
+from roofline.adapters import adapter_arrays, adapter_parameters, adapter_split_values
 from roofline.experts import held_experts
 from roofline.kernels import Layout, shard
 
@@ -16,6 +16,21 @@ def trained_parameters(model: ModelConfig, layout: Layout) -> int:
 def trained_arrays(model: ModelConfig) -> int:
     """Their arrays."""
     return adapter_arrays(model) if model.lora else num_arrays(model)
+
+
+def split_arrays(model: ModelConfig, layout: Layout) -> tuple[int, ...]:
+    """Values of each trained array that has a width, which fsdp splits, embedding and head first: the whole
+    of it on one tensor-parallel device, layers stacked."""
+    part, deep = shard(model, layout), model.num_layers
+    if model.lora:
+        arrays = adapter_arrays(model) // 2
+        return (deep * adapter_split_values(model) // arrays,) * arrays
+    experts = max(1, model.num_experts)
+    columns = [part.query, part.query, part.kv, part.kv]
+    columns += [experts * part.ffw] * (3 if model.gated_mlp else 2)
+    columns += [model.num_experts] if model.num_experts else []
+    outer = [part.vocab * part.width] * (1 if model.tied_embeddings else 2)
+    return (*outer, *(deep * part.width * size for size in columns))
 
 
 def held_parameters(model: ModelConfig, layout: Layout) -> int:

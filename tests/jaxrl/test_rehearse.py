@@ -88,6 +88,14 @@ def test_collectives_on_eight_devices_are_those_predicted() -> None:
     assert {len(c.group) for c in executable.collectives} == {8}
 
 
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_publication_gathers_each_stacked_weight_once_and_lays_it_out_anew(fsdp: int) -> None:
+    executable = compiled(Phase.PUBLISH, fsdp)
+    exact = ["memory traffic", "kernels"]
+    exact += ["all-gather, number", "all-gather, arrays"] if fsdp > 1 else []
+    assert [line(executable, name).ratio for name in exact] == [1.0] * len(exact)
+
+
 def test_building_the_programs_allocates_nothing() -> None:
     before = {id(array) for array in jax.live_arrays()}
     fresh = make_stage(replace(TINY, mesh=MeshConfig(colocated=True)), HOST, 1)

@@ -116,6 +116,16 @@ def test_weights_are_gathered_in_the_compute_type_a_tied_matrix_for_each_of_its_
     assert found == pytest.approx(1, abs=GATHERED)
 
 
+@pytest.mark.parametrize("lora", [NO_ADAPTER, ADAPTER])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_publication_casts_gathers_and_lays_out_anew_as_predicted(
+    devices: int, lora: LoraConfig
+) -> None:
+    executable = compiled(Phase.PUBLISH, devices, lora)
+    exact = ["memory traffic", "kernels", *(["all-gather, arrays"] if devices > 1 else [])]
+    assert [ratio(executable, name) for name in exact] == [1.0] * len(exact)
+
+
 def test_gradients_are_scattered_but_the_heads_which_is_summed_whole() -> None:
     executable = compiled(Phase.TRAIN, 8)
     for name in ("reduce-scatter, arrays", "all-reduce, arrays"):
