@@ -190,7 +190,8 @@ class GroupBuffer:
         chosen = by_age[:number]
         if len(chosen) < number:
             return None
-        staying = (birth for index, birth in self._births.items() if index not in set(chosen))
+        leaving = set(chosen)
+        staying = (birth for index, birth in self._births.items() if index not in leaving)
         return chosen if self._bound_can_hold(staying) else None
 
     def _bound_can_hold(self, births: Iterable[int]) -> bool:

@@ -114,7 +114,8 @@ class _Parts:
     record: RunRecord
 
     def play(self, max_staleness: int, seconds: float) -> None:
-        """Optimizer steps for so many seconds; lockstep where the bound is 0."""
+        """Optimizer steps for so many seconds; lockstep where the bound is 0. The learner's lane waits, and
+        says so, while what was under way ends."""
         buffer = GroupBuffer(
             self.stream, prompts_per_step=self.config.grpo.prompts_per_step,
             max_staleness=max_staleness, version=self.record.step,
@@ -124,12 +125,14 @@ class _Parts:
             self.telemetry.observer,
         )  # fmt: skip
         done, until_s = 0, time.perf_counter() + seconds
-        with worker:
-            while done < FEWEST_STEPS or time.perf_counter() < until_s:
-                self._step(buffer, PARTS[done % len(PARTS)])
-                done += 1
-        while not self.engine.is_idle:  # what was under way belongs to no later buffer
-            self.engine.run_chunk(self.store.current())
+        with ExitStack() as resting:
+            with worker:
+                while done < FEWEST_STEPS or time.perf_counter() < until_s:
+                    self._step(buffer, PARTS[done % len(PARTS)])
+                    done += 1
+                resting.enter_context(self.telemetry.observer.phase(Phase.WAIT_BATCH))
+            while not self.engine.is_idle:  # what was under way belongs to no later buffer
+                self.engine.run_chunk(self.store.current())
 
     def _step(self, buffer: GroupBuffer, part: int) -> None:
         """One optimizer step, learning from one `part`-th of its groups."""
