@@ -62,7 +62,7 @@ without signal are dropped: that tells a call's fixed time from its micro-batche
 other lane each phase meets."""
 FEWEST_STEPS = len(PARTS)
 """Optimizer steps of each mode, whatever the time."""
-LOCKSTEP_SHARE = 0.4
+LOCKSTEP_SHARE = 0.33
 """Of the time, for lockstep."""
 TURNS = 4
 """Of each mode, where FEWEST_STEPS steps fit into one."""

@@ -38,7 +38,7 @@ MOST_OTHERS = 0.15
 """Share of the cores that other programs may take while a CPU is measured: a desktop at rest takes less."""
 CONTENTION_S = 0.4
 """How long two lanes run side by side to see how they disturb each other [s]."""
-LANES_S = 12.0
+LANES_S = 18.0
 """Time for the trainer's own lanes, lockstep and overlapped, once they are compiled [s]."""
 
 Lanes = Callable[[Hardware, float], Sequence[Span]]
