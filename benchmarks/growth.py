@@ -29,12 +29,12 @@ from benchmarks.gpu.cases import TINY
 from benchmarks.gpu.grpo import Step
 from benchmarks.gpu.measure import Stopwatch
 from benchmarks.gpu.phases import Bench, submit
-from jaxrl.devices import keep_freed_memory
 from jaxrl.learner.steps import score
 from jaxrl.rollout.sampling import decode_chunk, empty_slots
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
 from models.decoder import abstract_decoder, prefill, split_layers
+from roofline.machine import keep_freed_memory
 
 FLAT, FLAT_MEMORY = 1.10, 1.02
 """Largest over smallest that counts as flat: times, and memory after the first fifth of the steps."""
@@ -216,7 +216,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     options = parser.parse_args(argv)
     made = record.provenance()
-    jax.devices()
     keep_freed_memory()
     bench = Bench(scale=SCALE, name="small")
     content = {

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from benchmarks import record
 from benchmarks.systems.checkpoint import model_config
 from benchmarks.workload import SHAPES, random_prompts
-from jaxrl.devices import keep_freed_memory, prefer_wide_vectors
 from jaxrl.observe import Observer
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.types import Snapshot
@@ -29,6 +28,7 @@ from models.rows import PrefixRows
 from models.sharding import make_mesh
 from roofline import cost
 from roofline.kernels import Layout
+from roofline.machine import keep_freed_memory, prefer_wide_vectors
 
 CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
 GREEDY_TOKENS = 8
@@ -136,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     made = record.provenance()
     prefer_wide_vectors()
-    jax.devices()
     keep_freed_memory()
     found = [
         compare(

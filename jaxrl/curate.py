@@ -34,7 +34,7 @@ from rich.table import Table
 from jaxrl import build, evaluate
 from jaxrl.cli import user_errors
 from jaxrl.config import Config
-from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
+from jaxrl.devices import make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.grades import (
     KEPT,
@@ -146,7 +146,6 @@ def grade_all(
     todo = [n for n, problem in enumerate(problems) if problem.id not in known]
     if todo:
         learner_mesh, rollout_mesh = make_meshes(config.mesh)
-        keep_freed_memory()
         with ExitStack() as stack:
             rewards = stack.enter_context(build.make_rewards(config))
             build.await_verifiers(config, rewards)

@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
-from roofline import machine
-from roofline.machine import cache_folder, prefer_wide_vectors
+from roofline.machine import cache_folder, keep_freed_memory, prefer_wide_vectors
 
 MOST_DEVICES = 256
 """No node has more accelerators, and a CPU that poses as more takes minutes and gigabytes to start."""
@@ -22,12 +21,13 @@ _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 def start_devices(count: int) -> None:
     """What every program does before jax starts: `count` devices also on a CPU, code for its widest
-    vectors, compiled programs kept.
+    vectors, freed memory and compiled programs kept.
 
     Raises:
         UserError: as `simulate_cpu_devices`.
     """
     prefer_wide_vectors()
+    keep_freed_memory()
     simulate_cpu_devices(count)
     remember_programs()
 
@@ -57,11 +57,6 @@ def remember_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-def keep_freed_memory() -> None:
-    """`roofline.machine.keep_freed_memory` where programs run on the CPU. Call after jax has started."""
-    machine.keep_freed_memory(jax.default_backend())
 
 
 def make_meshes(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:

@@ -23,7 +23,7 @@ from jaxrl import build
 from jaxrl.checkpoint import Checkpoints
 from jaxrl.cli import load_config, resolve_config, user_errors
 from jaxrl.config import Config, TaskName
-from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
+from jaxrl.devices import make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluation
 from jaxrl.observe import Observer
@@ -102,7 +102,6 @@ def evaluate(config: Config, args: EvaluateArgs, samples: int) -> Evaluation:
     start_devices(config.mesh.devices)
     subject = build.make_subject(config)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
-    keep_freed_memory()
     step, policy = load_weights(config, args, subject, learner_mesh)
     with ExitStack() as stack:
         rewards = stack.enter_context(build.make_rewards(config))

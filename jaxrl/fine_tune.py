@@ -28,7 +28,7 @@ from jaxrl.batch import Batch
 from jaxrl.checkpoint import FIRST_STEP, Checkpoints
 from jaxrl.cli import ParsedArgs, config_yaml
 from jaxrl.config import Config, GrpoConfig
-from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
+from jaxrl.devices import make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.fine_tune_data import Material, chosen, packed, read_material
 from jaxrl.interrupt import stop_asked
@@ -60,7 +60,6 @@ def fine_tune(parsed: ParsedArgs, argv: Sequence[str]) -> None:
     steps = material.steps(config)
     start_devices(config.mesh.devices)
     meshes = make_meshes(config.mesh)
-    keep_freed_memory()
     hardware = cached_or_calibrate(
         replace(material.model, lora=None), workload=workload_of(config), again=parsed.recalibrate
     )

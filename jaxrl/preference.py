@@ -36,7 +36,7 @@ from jaxrl.algorithms.preference import PreferenceLoss, preference_loss
 from jaxrl.checkpoint import FIRST_STEP, Checkpoints
 from jaxrl.cli import config_yaml, parse_args, user_errors
 from jaxrl.config import Config
-from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
+from jaxrl.devices import make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
@@ -94,7 +94,6 @@ def _train(
     config: Config, argv: Sequence[str], subject: build.Subject, pairs: Sequence[Pair], steps: int
 ) -> None:
     mesh, _ = make_meshes(config.mesh)
-    keep_freed_memory()
     train = config.train
     rate = learning_rate(
         peak=train.learning_rate, warmup_steps=train.warmup_steps, steps=steps,

@@ -35,7 +35,7 @@ from jaxrl.cli import ParsedArgs, parse_args, user_errors
 from jaxrl.collector import settled
 from jaxrl.config import Config
 from jaxrl.curricula import Curricula, make_curricula, make_rollout, plan_curricula
-from jaxrl.devices import keep_freed_memory, make_meshes, start_devices
+from jaxrl.devices import make_meshes, start_devices
 from jaxrl.errors import UserError
 from jaxrl.evaluator import Evaluator
 from jaxrl.finish import finish
@@ -81,7 +81,6 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     subject = build.make_subject(config)
     check_weights(config.model, subject.model)
     stream = build.make_stream(config, subject)
-    keep_freed_memory()
     if config.mesh.auto:
         config = _with_mesh(config, subject, again=parsed.recalibrate)
     learner_mesh, rollout_mesh = make_meshes(config.mesh)

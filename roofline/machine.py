@@ -12,12 +12,13 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from models.config import ModelConfig
 from roofline.cost import Remat
 
-FORMAT = 3
+FORMAT = 4
 """Raised when what a stored calibration means changes; older files are then not found."""
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 _MALLOC_OPTIONS = (
@@ -63,17 +64,28 @@ def prefer_wide_vectors() -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {_VECTOR_FLAG}=512"
 
 
-def keep_freed_memory(backend: str) -> None:
+def keep_freed_memory() -> None:
     """On a CPU with glibc, let the process keep freed memory instead of giving it back to the system.
 
     XLA allocates the temporaries of every call anew; as fresh pages they fault one by one, which takes a
-    third of a training step (benchmarks/LOG.md). `backend` is where programs run; not "cpu": nothing is done.
+    quarter of a training step (benchmarks/LOG.md). Call before jax starts: threads that have got a heap of
+    their own by then keep it, and it holds no block above 64 MiB. Nothing is done where jax might find an
+    accelerator.
     """
-    if backend != "cpu" or platform.libc_ver()[0] != "glibc":
+    if not _only_cpu(os.environ) or platform.libc_ver()[0] != "glibc":
         return
     glibc = ctypes.CDLL(None)
     for option, value in _MALLOC_OPTIONS:
         glibc.mallopt(option, value)
+
+
+def _only_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether jax will run on the CPU for certain, asked before it starts: JAX_PLATFORMS says so, or no
+    plugin for an accelerator is installed."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if platforms:
+        return platforms.split(",")[0] == "cpu"
+    return find_spec("jax_plugins") is None and find_spec("libtpu") is None
 
 
 def processor() -> str:

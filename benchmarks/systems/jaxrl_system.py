@@ -22,7 +22,6 @@ from benchmarks.systems.protocol import GREEDY_PROMPTS, GREEDY_TOKENS, Answer, C
 from benchmarks.workload import Workload
 from jaxrl.build import make_learner
 from jaxrl.config import Config, GrpoConfig, RolloutConfig, TrainConfig
-from jaxrl.devices import keep_freed_memory, prefer_wide_vectors
 from jaxrl.learner.learner import Learner
 from jaxrl.observe import Observer
 from jaxrl.packing import groups_to_sequences, pack
@@ -31,6 +30,7 @@ from jaxrl.types import Completion, Problem, Prompt, Reward, Rollout, RolloutGro
 from models.hf import load_policy, read_config
 from models.rows import PrefixRows
 from models.sharding import make_mesh, policy_shardings
+from roofline.machine import keep_freed_memory, prefer_wide_vectors
 
 CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
 PEAK_SIZE, PEAK_REPEATS = 2048, 3

@@ -47,7 +47,7 @@ def _run(options: argparse.Namespace) -> None:
         model = find_model(options.model, QUICKSTART.vocab_size)
     model = dataclasses.replace(model, lora=None)
     prefer_wide_vectors()
-    keep_freed_memory(jax.default_backend())
+    keep_freed_memory()
     begin = time.perf_counter()
     hardware = calibrate(
         model, workload=workload, budget_s=options.budget_s, thorough=not options.quick
