@@ -14,6 +14,7 @@ F ffw, V vocabulary; a prime marks a size divided over the tensor axis.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from models.config import ModelConfig
@@ -45,6 +46,7 @@ from roofline.kernels import (
 from roofline.parameters import held_parameters, num_arrays, trained_arrays, trained_parameters
 from roofline.phases import Phase, PhaseCost
 from roofline.publication import publish, reshard
+from roofline.step_kernels import step_kernels
 from roofline.traffic import as_work
 
 __all__ = [
@@ -94,9 +96,11 @@ def decode(
     read = round_up(kv_len, KV_BLOCK_TOKENS)
     step = _embed(local, part, layout)
     step += _layer(model, part, layout, local, 1, cached=read).times(model.num_layers)
+    step += _head(local, part, layout) + _sample(local, model, part)
+    if not layout.written_out:
+        step = replace(step, launches=step_kernels(model, layout))
     if prefixes is not None:
         step += _shared_rows(part, layout, local, prefixes).times(model.num_layers)
-    step += _head(local, part, layout) + _sample(local, model, part)
     step += as_work(traffic.forward(model, layout, local))
     work = step.times(steps) + as_work(traffic.samples(layout, slots, steps))
     return as_cost(Phase.DECODE, work, layout, dispatches=1)

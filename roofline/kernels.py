@@ -84,6 +84,12 @@ class Layout:
         return DTYPE_BYTES[self.param_dtype]
 
     @property
+    def written_out(self) -> bool:
+        """Whether most steps are kernels of their own, as in float32, which a CPU computes in; in 16 bits a
+        GPU does, whose compiler fuses them."""
+        return self.compute_bytes == FLOAT32_BYTES
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of a cached key or value."""
         return DTYPE_BYTES[self.kv_dtype]

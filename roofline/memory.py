@@ -119,7 +119,7 @@ def program_memory(
             names = ("parameters", "adapter", "gradients", "activations", "working")
         case Phase.OPTIMIZER:
             names = ("adapter", "gradients", "optimizer") if model.lora else of_training
-            if _written_out(layout):
+            if layout.written_out:
                 every["clipped_gradients"] = every["gradients"]
                 names = (*names, "clipped_gradients")
         case Phase.DECODE:
@@ -133,7 +133,7 @@ def program_memory(
             kv = 2 * shard(model, layout).kv * layout.kv_bytes
             every["prompt_cache"] = model.num_layers * tokens * kv
             every["layer"] = round(_forward_bytes(model, layout, rows, row_tokens))
-            every["layer"] += 0 if _written_out(layout) else tokens * kv
+            every["layer"] += 0 if layout.written_out else tokens * kv
             every["keys_laid_out"] = every["prompt_cache"] // 2
             names = ("snapshots", "prompt_cache", "layer", "keys_laid_out")
         case Phase.PUBLISH:
@@ -164,18 +164,13 @@ def _under_way_bytes(model: ModelConfig, layout: Layout) -> int:
     part, deep = shard(model, layout), model.num_layers
     matrices = [part.vocab] * (1 if model.tied_embeddings else 2)
     experts = max(1, model.num_experts // layout.expert)
-    if _written_out(layout):
+    if layout.written_out:
         under_way = [*matrices, deep * part.query, deep * part.kv, deep * part.ffw * experts]
         under_way += [deep * part.ffw * experts] if model.gated_mlp else []
     else:
         inside = (part.query, part.ffw * experts, part.ffw * experts)
         under_way = sorted([*matrices, *(deep * size for size in inside)])[-2:]
     return sum(under_way) * part.width * layout.compute_bytes
-
-
-def _written_out(layout: Layout) -> bool:
-    """Whether most steps are written out: float32 is what a CPU computes in; bfloat16 a GPU, which fuses."""
-    return layout.compute_bytes == FLOAT32_BYTES
 
 
 def _rows(
@@ -237,7 +232,7 @@ def _training_bytes(
     at last the sum of the head's gradient, as accumulated and laid out anew for it, beside the embedding's
     in the compute type and the layers'. Until then the head's gradient stands beside the layers' backward,
     on CPUs also the gathered matrix and the embedding's gradient."""
-    if _written_out(layout):
+    if layout.written_out:
         held = _rows(model, layout, rows, row_tokens, chunk)
         return training_bytes(model, layout, held, remade=remat == "block")
     part, e = shard(model, layout), layout.compute_bytes
@@ -278,7 +273,7 @@ def _scoring_bytes(
     model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int
 ) -> float:
     """What comes and goes in a forward pass: one chunk of logits, or the inside of one layer."""
-    if _written_out(layout):
+    if layout.written_out:
         return scoring_bytes(model, layout, _rows(model, layout, rows, row_tokens, chunk))
     part = shard(model, layout)
     logits = chunk * part.vocab * FLOAT32_BYTES
@@ -291,7 +286,7 @@ def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: in
     """The inside of one layer, with its input and the residual, beside the copy of the embedding: the
     MLP's halves, what an adapter adds to them, and their product; the halves and the gathered weights; or
     the queries (also rotated), keys, values, heads and scores of attention."""
-    if _written_out(layout):
+    if layout.written_out:
         return forward_bytes(model, layout, _rows(model, layout, rows, row_tokens, 0, prompts=True))
     part, halves = shard(model, layout), (2 if model.gated_mlp else 1) + adapted_halves(model)
     of_tokens = _local(layout, rows) * row_tokens * layout.compute_bytes

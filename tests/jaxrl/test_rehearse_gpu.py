@@ -54,6 +54,8 @@ GATHERED = 0.02
 PEELED = 0.01
 """Flops of three layers of an adapted model: of the one that is peeled off the loop, on several devices, the
 input needs no gradient."""
+KERNELS = 0.02
+"""Kernels of a decode chunk: a few come once, and the compiler joins one now and then."""
 FLAGS_BYTES = 64
 """Most that says whether all slots have stopped."""
 
@@ -138,6 +140,18 @@ def test_devices_that_share_the_slots_exchange_flags_and_once_a_chunk_its_sample
     (counted,) = executable.program.traffic
     assert (gathered.kind, gathered.times) == (counted.kind, 1)
     assert gathered.whole_bytes == counted.array_bytes
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_decode_chunk_starts_the_kernels_that_are_counted(devices: int) -> None:
+    assert ratio(compiled(Phase.DECODE, devices), "kernels") == pytest.approx(1, abs=KERNELS)
+
+
+def test_without_norms_of_its_heads_a_layer_starts_the_kernels_that_are_counted() -> None:
+    made = stage(1)
+    plain = replace(made.subject, model=replace(made.subject.model, qk_norm=False))
+    executable = compile_program(replace(made, subject=plain).program(Phase.DECODE))
+    assert ratio(executable, "kernels") == pytest.approx(1, abs=KERNELS)
 
 
 def test_one_device_exchanges_nothing() -> None:
