@@ -28,7 +28,7 @@ from models.layers import (
     shared_attention,
     shared_masks,
 )
-from models.rows import RowAttention, SharedPrompts, scores_at_once
+from models.rows import RowAttention, SharedPrompts, rows_on_cuda, scores_at_once
 from models.stored import Scaled, Stored, num_tokens
 
 DecodeAttention = Literal["blocks", "xla", "cudnn", "pallas"]
@@ -38,19 +38,13 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 HEADS = "heads"
 _KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")
 _CUDA = ("gpu", "cuda")
-_HOPPER = 9.0
-"""Compute capability from which cuDNN takes several segments per row."""
-_LARGEST_HEAD = 128
-"""Head size that cuDNN takes forward and backward on every card; a multiple of 8."""
 
 
 def rows_by_structure(device: Any, dtype: Any, head_size: int) -> RowAttention:
-    """The program for packed rows on a device without measurements: cuDNN's where it accepts the rows."""
+    """The program for packed rows on a device without measurements."""
     if device.platform not in _CUDA:
         return "blocks"
-    half = jnp.dtype(dtype).itemsize == 2
-    fits = head_size % 8 == 0 and head_size <= _LARGEST_HEAD
-    return "cudnn" if half and fits and kernels.capability(device) >= _HOPPER else "xla"
+    return rows_on_cuda(kernels.capability(device), jnp.dtype(dtype).itemsize, head_size)
 
 
 def decode_by_structure(device: Any) -> DecodeAttention:

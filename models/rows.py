@@ -17,6 +17,19 @@ MAX_SEGMENTS = 64
 head and token of the row."""
 
 
+HOPPER = 9.0
+"""Compute capability from which cuDNN takes several segments per row."""
+LARGEST_HEAD = 128
+"""Head size that cuDNN takes forward and backward on every card; a multiple of 8."""
+
+
+def rows_on_cuda(capability: float, value_bytes: int, head_size: int) -> RowAttention:
+    """The program for packed rows of such values on a CUDA device of that compute capability where none was
+    measured: cuDNN's where it accepts them."""
+    fits = value_bytes == 2 and head_size % 8 == 0 and head_size <= LARGEST_HEAD
+    return "cudnn" if fits and capability >= HOPPER else "xla"
+
+
 def scores_at_once(program: RowAttention) -> int:
     """Float32 scores that a program of attention has in memory at once; 0: its kernels write none."""
     return {"blocks": SCORES_IN_CACHE, "xla": SCORES_IN_MEMORY}.get(program, 0)

@@ -56,6 +56,7 @@ def _gpu(
     link_gb_per_s: float,
     sms: int,
     l2_mb: float,
+    capability: float,
     topology: Literal["switch", "bridge", "pcie"],
     network_gb_per_s: float = 0.0,
     shares: tuple[float, float] = (0.8, 0.85),
@@ -76,6 +77,7 @@ def _gpu(
         link_latency_s=link_us * MICRO,
         num_sms=sms,
         l2_bytes=l2_mb * MEGA,
+        capability=capability,
         topology=topology,
         network_bytes_per_s=network_gb_per_s * GIGA,
         efficiency=Efficiency(compute=shares[0], memory=shares[1], link=RING_SHARE),
@@ -103,6 +105,7 @@ def _sources(
         "topology": link,
         "num_sms": chip,
         "l2_bytes": chip,
+        "capability": "developer.nvidia.com/cuda-gpus",
         "network_bytes_per_s": network,
         "efficiency.compute": shares,
         "efficiency.memory": shares,
@@ -165,48 +168,48 @@ DATASHEETS: Mapping[str, Hardware] = {
     for hardware in (
         _gpu(
             "a100-sxm-40gb", bf16=312, tf32=156, fp8=None, int8=624, memory_gb=40,
-            hbm_gb_per_s=1555, link_gb_per_s=300, sms=108, l2_mb=40, topology="switch",
+            hbm_gb_per_s=1555, link_gb_per_s=300, sms=108, l2_mb=40, capability=8.0, topology="switch",
             network_gb_per_s=25, shares=(0.808, 0.748), kernel_us=6.13, link_us=20.9,
         ),
         _gpu(
             "a100-sxm-80gb", bf16=312, tf32=156, fp8=None, int8=624, memory_gb=80,
-            hbm_gb_per_s=2039, link_gb_per_s=300, sms=108, l2_mb=40, topology="switch",
+            hbm_gb_per_s=2039, link_gb_per_s=300, sms=108, l2_mb=40, capability=8.0, topology="switch",
             network_gb_per_s=25, shares=(0.808, 0.748), kernel_us=6.13, link_us=20.9,
         ),
         _gpu(
             "h100-sxm", bf16=989.4, tf32=494.7, fp8=1978.9, int8=1978.9, memory_gb=80,
-            hbm_gb_per_s=3350, link_gb_per_s=450, sms=132, l2_mb=50, topology="switch",
+            hbm_gb_per_s=3350, link_gb_per_s=450, sms=132, l2_mb=50, capability=9.0, topology="switch",
             network_gb_per_s=50, shares=(0.811, 0.877), kernel_us=3.73, link_us=15.3,
         ),
         _gpu(
             "h100-pcie", bf16=756, tf32=378, fp8=1513, int8=1513, memory_gb=80,
-            hbm_gb_per_s=2000, link_gb_per_s=64, sms=114, l2_mb=50, topology="bridge",
+            hbm_gb_per_s=2000, link_gb_per_s=64, sms=114, l2_mb=50, capability=9.0, topology="bridge",
         ),
         _gpu(
             "h200", bf16=989.4, tf32=494.7, fp8=1978.9, int8=1978.9, memory_gb=141,
-            hbm_gb_per_s=4800, link_gb_per_s=450, sms=132, l2_mb=50, topology="switch",
+            hbm_gb_per_s=4800, link_gb_per_s=450, sms=132, l2_mb=50, capability=9.0, topology="switch",
             network_gb_per_s=50, shares=(0.797, 0.848), kernel_us=4.20, link_us=15.8,
         ),
         _gpu(
             "b200", bf16=2250, tf32=1125, fp8=4500, int8=4500, memory_gb=180,
-            hbm_gb_per_s=8000, link_gb_per_s=900, sms=148, l2_mb=126, topology="switch",
+            hbm_gb_per_s=8000, link_gb_per_s=900, sms=148, l2_mb=126, capability=10.0, topology="switch",
             network_gb_per_s=50, shares=(0.776, 0.85), link_us=25.1,
         ),
         _gpu(
             "l40s", bf16=362.05, tf32=183, fp8=733, int8=733, memory_gb=48,
-            hbm_gb_per_s=864, link_gb_per_s=32, sms=142, l2_mb=96, topology="pcie",
+            hbm_gb_per_s=864, link_gb_per_s=32, sms=142, l2_mb=96, capability=8.9, topology="pcie",
         ),
         _gpu(
             "l4", bf16=121, tf32=60, fp8=242, int8=242, memory_gb=24,
-            hbm_gb_per_s=300, link_gb_per_s=32, sms=58, l2_mb=48, topology="pcie",
+            hbm_gb_per_s=300, link_gb_per_s=32, sms=58, l2_mb=48, capability=8.9, topology="pcie",
         ),
         _gpu(
             "rtx-4090", bf16=165.2, tf32=82.6, fp8=330.3, int8=660.6, memory_gb=24,
-            hbm_gb_per_s=1008, link_gb_per_s=32, sms=128, l2_mb=72, topology="pcie",
+            hbm_gb_per_s=1008, link_gb_per_s=32, sms=128, l2_mb=72, capability=8.9, topology="pcie",
         ),
         _gpu(
             "rtx-3090", bf16=71.2, tf32=35.6, fp8=None, int8=284, memory_gb=24,
-            hbm_gb_per_s=936, link_gb_per_s=32, sms=82, l2_mb=6, topology="bridge",
+            hbm_gb_per_s=936, link_gb_per_s=32, sms=82, l2_mb=6, capability=8.6, topology="bridge",
         ),
     )
 }  # fmt: skip

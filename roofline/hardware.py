@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from models.rows import RowAttention, rows_on_cuda
 from roofline.phases import Phase
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -76,6 +77,8 @@ class Hardware:
     not known."""
     l2_bytes: float = 0.0
     """Cache shared by all multiprocessors [bytes]; 0: not known."""
+    capability: float = 0.0
+    """CUDA compute capability, which decides what kernels a run takes; 9.0 is Hopper. 0: not a GPU."""
     topology: Literal["switch", "bridge", "pcie", "host"] = "host"
     """How the devices of a node reach each other: all at full rate through NVLink switches, pairs
     through an NVLink bridge and the rest over PCIe, PCIe only, or one host's memory."""
@@ -162,6 +165,12 @@ class Hardware:
         """Flops per byte at which memory stops binding: peak / bandwidth (scaling book,
         roofline chapter)."""
         return self.peak(dtype) / self.hbm_bytes_per_s
+
+    def rows_attention(self, dtype: str, head_size: int) -> RowAttention:
+        """Program of attention in packed rows and prompts that a run takes here unasked."""
+        if not self.capability:
+            return "blocks"
+        return rows_on_cuda(self.capability, DTYPE_BYTES.get(dtype, 0), head_size)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dictionary; `from_json` reads it back unchanged."""

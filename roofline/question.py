@@ -107,6 +107,7 @@ class Question:
         return Layout(
             data=self.data, fsdp=self.fsdp, tensor=self.tensor, compute_dtype=self.dtype,
             param_dtype="float32" if self.trains else self.dtype, kv_dtype=self.dtype,
+            attention=self.hardware.rows_attention(self.dtype, self.model.head_size),
         )  # fmt: skip
 
 

@@ -11,14 +11,15 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from models.config import ALL_LINEAR, Lora, ModelConfig
-from models.rows import PrefixRows, SharedPrompts
+from models.rows import PrefixRows, RowAttention, SharedPrompts
 from roofline import model_zoo
 from roofline.cost import Remat
+from roofline.hardware import Hardware
 from roofline.machine import Workload
 from roofline.names import meant
 
@@ -44,6 +45,7 @@ class ModelSettings:
     tied_embeddings: bool = True
     dtype: str = "float32"
     remat: Remat = "none"
+    attention: Literal["auto", "blocks", "xla", "cudnn", "pallas"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,6 +135,15 @@ class Settings:
     train: TrainSettings = field(default_factory=TrainSettings)
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     grpo: GrpoSettings = field(default_factory=GrpoSettings)
+
+    def rows_attention(self, hardware: Hardware, head_size: int, *, learner: bool) -> RowAttention:
+        """Program of attention in packed rows (`learner`) or prompts: as set, or what the hardware takes
+        unasked; kernels know no rows with shared prompts."""
+        asked = self.model.attention
+        unasked = hardware.rows_attention(self.model.dtype, head_size)
+        chosen = unasked if asked == "auto" else asked
+        shared = learner and self.train.shared_prompts is not None
+        return "xla" if shared and chosen != "blocks" else chosen
 
     @property
     def samples_per_step(self) -> int:

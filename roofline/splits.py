@@ -154,26 +154,29 @@ def spanning(hardware: Hardware, devices: int) -> Hardware:
     return dataclasses.replace(hardware, link_bytes_per_s=min(hardware.link_bytes_per_s, egress))
 
 
-def layouts(
-    model: ModelConfig, devices: int, dtype: str, *, learner: bool, max_tensor: int = MAX_TENSOR
-) -> Iterator[Layout]:
+def layouts(job: Job, hardware: Hardware, devices: int, *, learner: bool) -> Iterator[Layout]:
     """Meshes of all `devices` that divide the model: tensor and, for the learner, fsdp and data."""
+    model, settings = job.model, job.settings
+    dtype = settings.model.dtype
+    attention = settings.rows_attention(hardware, model.head_size, learner=learner)
+    cache = stored_in(dtype if learner else settings.rollout.stored_dtype(dtype))
     for tensor in _divisors(devices):
-        if tensor > max_tensor or model.num_kv_heads % tensor or model.ffw_size % tensor:
+        if tensor > MAX_TENSOR or model.num_kv_heads % tensor or model.ffw_size % tensor:
             continue
         rest = devices // tensor
         for fsdp in _divisors(rest) if learner else (1,):
             if model.width % fsdp == 0:
                 yield Layout(
                     data=rest // fsdp, fsdp=fsdp, tensor=tensor, compute_dtype=dtype,
-                    param_dtype="float32" if learner and not model.lora else dtype, kv_dtype=dtype,
+                    param_dtype="float32" if learner and not model.lora else dtype,
+                    attention=attention, **cache,
                 )  # fmt: skip
 
 
 def learner_options(job: Job, hardware: Hardware, devices: int) -> list[LearnerOption]:
     """Each learner mesh of so many devices that fits, with its fastest micro-batch."""
     found, spanned = [], spanning(hardware, devices)
-    for layout in layouts(job.model, devices, job.settings.model.dtype, learner=True):
+    for layout in layouts(job, hardware, devices, learner=True):
         options = [
             option
             for rows in _doublings(layout.row_shards, job.rows_per_step)
@@ -188,14 +191,9 @@ def rollout_options(job: Job, hardware: Hardware, devices: int) -> list[RolloutO
     """Each rollout mesh of so many devices with each number of slots that fits."""
     settings = job.settings
     most = settings.samples_per_step * (max(1, settings.rollout.max_staleness) + 1)
-    dtype = settings.model.dtype
-
-    def cached(layout: Layout) -> Layout:
-        return dataclasses.replace(layout, **stored_in(settings.rollout.stored_dtype(dtype)))
-
     return [
         option
-        for layout in map(cached, layouts(job.model, devices, dtype, learner=False))
+        for layout in layouts(job, hardware, devices, learner=False)
         for slots in _doublings(layout.data, most)
         if (option := rollout_option(job, hardware, layout, slots)) is not None
     ]

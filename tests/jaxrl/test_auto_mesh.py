@@ -4,11 +4,13 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from jaxrl import build, train
+from jaxrl.attention import choose_programs
 from jaxrl.auto_mesh import resolve, resolved_before, with_split
 from jaxrl.cli import load_config, parse_args, resolve_config, save_config
 from jaxrl.config import Config
@@ -203,3 +205,45 @@ def test_a_short_run_on_two_devices_learns_on_the_split_that_was_chosen(
     assert stored.mesh.devices == 2
     assert not stored.mesh.auto
     assert (config.run.dir / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("card", ["a100-sxm-80gb", "h100-sxm", "b200", "rtx-4090"])
+@pytest.mark.parametrize(
+    ("dtype", "asked", "parts"),
+    [
+        ("bfloat16", "auto", 1),
+        ("bfloat16", "auto", 2),
+        ("float32", "auto", 1),
+        ("bfloat16", "xla", 1),
+    ],
+)
+def test_the_plan_of_a_card_attends_with_the_programs_that_a_run_takes_there(
+    card: str, dtype: str, asked: str, parts: int
+) -> None:
+    words = ["--config", "quickstart", f"--model.dtype={dtype}", f"--model.attention={asked}"]
+    if parts > 1:
+        words += ["--train.shared-prompt-tokens=32", f"--train.row-parts={parts}"]
+        words += ["--train.row-tokens=96"]
+    config, hardware = parse_args(words).config, datasheet(card)
+    device = SimpleNamespace(
+        platform="gpu", device_kind="a card", compute_capability=str(hardware.capability)
+    )
+    shape = dataclasses.replace(model_of(config), head_size=64)
+    run = choose_programs(config, device, shape, {})
+    seen = settings.settings_from(dataclasses.asdict(config))
+    job = Job(model=shape, settings=seen, lengths=lognormal(4, 0.5, 6))
+    best = advise(job, hardware, 2).best
+    assert (best.learner.attention, best.rollout.attention) == (run.train, run.prompts)
+    question = Question(model=shape, hardware=hardware, phase=Phase.PREFILL, dtype=dtype)
+    assert question.layout.attention == run.prompts or asked != "auto"
+
+
+def test_a_kernel_of_attention_is_planned_to_take_less_time_and_memory() -> None:
+    long = Question(
+        model=model_of(quickstart()), hardware=H200, phase=Phase.TRAIN, batch=8, tokens=4096
+    )
+    older = dataclasses.replace(H200, capability=8.0)
+    kernel, written_out = answer(long), answer(dataclasses.replace(long, hardware=older))
+    assert long.layout.attention == "cudnn"
+    assert kernel.prediction.expected_s < 0.7 * written_out.prediction.expected_s
+    assert kernel.memory_bytes["working"] < written_out.memory_bytes["working"]

@@ -8,7 +8,7 @@ import pytest
 from roofline.datasheets import ALSO_CALLED, DATASHEETS, SOURCES, datasheet
 
 NUMBERS = {
-    "peak_flops_per_s", "hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "topology", "num_sms",
+    "capability", "peak_flops_per_s", "hbm_bytes", "hbm_bytes_per_s", "link_bytes_per_s", "topology", "num_sms",
     "l2_bytes", "network_bytes_per_s", "efficiency.compute", "efficiency.memory",
     "efficiency.link", "kernel_s", "link_latency_s", "dispatch_s",
 }  # fmt: skip
