@@ -23,7 +23,7 @@ from roofline.lengths import lognormal
 from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
-from roofline.splits import Job, Split, learner_times, rollout_times, spanning, split_of
+from roofline.splits import Job, Split, learner_times, rollout_times, split_of
 
 if TYPE_CHECKING:
     from jaxrl.attention import Programs
@@ -338,10 +338,7 @@ def _splits(config: Config, shapes: Shapes, hardware: Hardware) -> tuple[Split, 
         model=shapes.model, settings=settings.settings_from(asdict(config)),
         lengths=lognormal(limit, 0, limit),
     )  # fmt: skip
-    learner = learner_times(
-        job, spanning(hardware, shapes.learner.devices), shapes.learner,
-        config.train.rows_per_microbatch,
-    )  # fmt: skip
+    learner = learner_times(job, hardware, shapes.learner, config.train.rows_per_microbatch)
     rollout = rollout_times(job, hardware, shapes.rollout, config.rollout.slots)
     bound = max(1, config.rollout.max_staleness)
     lockstep, overlapped = (

@@ -10,13 +10,12 @@ from typing import Any
 
 from roofline import cost, serving, traffic
 from roofline.datasheets import DATASHEETS
-from roofline.hardware import Hardware
 from roofline.kernel_times import gpu
 from roofline.kernels import Layout, ceil_div, shard
 from roofline.memory import memory_per_device, program_memory
 from roofline.network import Network
 from roofline.phases import Phase, PhaseCost
-from roofline.placement import Placement, Turns
+from roofline.placement import Placement, Turns, linked
 from roofline.predict import Prediction, mbu, mfu, predict
 from roofline.question import PHASES, Question, resized
 from roofline.traffic import Collective
@@ -73,7 +72,8 @@ def answer(question: Question) -> Answer:
     if sum(memory.values()) > question.hardware.hbm_bytes:
         raise ValueError(_does_not_fit(question, sum(memory.values())))
     work, turns, hops_s = cost_of(question), question.turns, _hops_s(question)
-    seen = _in_turns(predict(work, _seen_by(question, work)), turns, hops_s)
+    seen_by = linked(question.hardware, question.placement, work, collectives_of(question))
+    seen = _in_turns(predict(work, seen_by), turns, hops_s)
     return Answer(
         cost=work,
         prediction=seen,
@@ -88,17 +88,6 @@ def answer(question: Question) -> Answer:
         hops_s=hops_s,
         tuned_s=tuned_s(question),
     )
-
-
-def _seen_by(question: Question, work: PhaseCost) -> Hardware:
-    """The hardware with the link rate that the work sees over its nodes."""
-    hardware, placement = question.hardware, question.placement
-    if placement.nodes == 1 or not work.link_bytes:
-        return hardware
-    found = collectives_of(question)
-    rest_bytes = max(0.0, work.link_bytes - sum(one.link_bytes for one in found))
-    seconds = placement.link_s(found, rest_bytes, hardware)
-    return dataclasses.replace(hardware, link_bytes_per_s=work.link_bytes / seconds)
 
 
 def collectives_of(question: Question) -> tuple[Collective, ...]:

@@ -16,11 +16,13 @@ activation on, and in training its gradient back.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roofline.hardware import Hardware
-from roofline.kernels import ceil_div
+from roofline.kernels import Layout, ceil_div
+from roofline.phases import PhaseCost
 from roofline.traffic import Axis, Collective
 
 FULL_TURNS = 4
@@ -38,17 +40,10 @@ class Placement:
     nodes: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1 and nodes that are filled unevenly."""
+        """Refuse sizes below 1."""
         for name in ("data", "fsdp", "tensor", "pipeline", "nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.devices % self.nodes:
-            allowed = [n for n in range(1, self.devices + 1) if self.devices % n == 0]
-            near = sorted(allowed, key=lambda n: abs(n - self.nodes))[:2]
-            raise ValueError(
-                f"nodes={self.nodes} do not share {self.devices} devices evenly; use "
-                f"{' or '.join(str(n) for n in sorted(near))}"
-            )
 
     @property
     def devices(self) -> int:
@@ -57,15 +52,23 @@ class Placement:
 
     @property
     def per_node(self) -> int:
-        """Devices of one node."""
-        return self.devices // self.nodes
+        """Devices of the fullest node."""
+        return ceil_div(self.devices, self.nodes)
 
     def stride(self, axis: Axis) -> int:
         """Devices between neighbours on the axis."""
         return {"tensor": 1, "fsdp": self.tensor, "data": self.tensor * self.fsdp}[axis]
 
     def check(self, hardware: Hardware) -> None:
-        """Raises: ValueError if a node holds fewer devices, or nobody knows the network."""
+        """Raises: ValueError if nodes are filled unevenly, a node holds fewer devices, or nobody knows the
+        network."""
+        if self.devices % self.nodes:
+            allowed = [n for n in range(1, self.devices + 1) if self.devices % n == 0]
+            near = sorted(allowed, key=lambda n: abs(n - self.nodes))[:2]
+            raise ValueError(
+                f"nodes={self.nodes} do not share {self.devices} devices evenly; use "
+                f"{' or '.join(str(n) for n in sorted(near))}"
+            )
         if self.per_node > hardware.node_devices:
             least = ceil_div(self.devices, hardware.node_devices)
             raise ValueError(
@@ -110,6 +113,35 @@ class Placement:
         """Rate of one device to any other [bytes/s]."""
         slow = hardware.network_bytes_per_s if self.nodes > 1 else hardware.link_bytes_per_s
         return min(slow, hardware.link_bytes_per_s)
+
+
+def placed(layout: Layout, hardware: Hardware) -> Placement:
+    """The layout on as few nodes as hold it."""
+    return Placement(
+        data=layout.data, fsdp=layout.fsdp, tensor=layout.tensor,
+        nodes=ceil_div(layout.devices, hardware.node_devices),
+    )  # fmt: skip
+
+
+def check_network(hardware: Hardware, devices: int) -> None:
+    """Raises: ValueError: more devices than a node has, and no known network between nodes."""
+    if devices > hardware.node_devices and not hardware.network_bytes_per_s:
+        raise ValueError(
+            f"{devices} devices span nodes of {hardware.node_devices} x {hardware.name}, whose "
+            f"network is not known; use at most {hardware.node_devices} devices"
+        )
+
+
+def linked(
+    hardware: Hardware, placement: Placement, work: PhaseCost, found: Sequence[Collective]
+) -> Hardware:
+    """The hardware with the link rate that the work sees over its nodes: its collectives over mesh axes
+    are `found`, the rest goes to any device."""
+    if placement.nodes == 1 or not work.link_bytes:
+        return hardware
+    rest_bytes = max(0.0, work.link_bytes - sum(one.link_bytes for one in found))
+    seconds = placement.link_s(found, rest_bytes, hardware)
+    return dataclasses.replace(hardware, link_bytes_per_s=work.link_bytes / seconds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,7 @@ from roofline.plan import advise, describe, job_and_hardware, parser
 from roofline.predict import LANES, Company
 from roofline.read_run import Run, read_run
 from roofline.settings import read_settings
-from roofline.splits import Job, Split, learner_option, rollout_option, spanning, split_of
+from roofline.splits import Job, Split, learner_option, rollout_option, split_of
 from roofline.svg import si
 
 BAR_COLUMNS = 30
@@ -92,8 +92,7 @@ def scaled_split(job: Job, hardware: Hardware, devices: int) -> tuple[Job, Split
     )
     grown = dataclasses.replace(job, settings=settings)
     learner = learner_option(
-        grown, spanning(hardware, devices), _times(best.learner, nodes),
-        best.rows_per_microbatch * nodes,
+        grown, hardware, _times(best.learner, nodes), best.rows_per_microbatch * nodes
     )  # fmt: skip
     rollout = rollout_option(grown, hardware, _times(best.rollout, nodes), best.slots * nodes)
     if learner is None or rollout is None:
@@ -113,20 +112,20 @@ def pipeline_of_run(run: Run) -> Pipeline:
     """The pipeline with a finished run's own settings and measured phases.
 
     A phase's seconds are its mean span, less what the other lane took from it: spans measured
-    while the other lane is at work are longer by the phase's contention. Each lane's time between its spans
+    while the other lane is at work are longer by the phase's contention. A step of several updates has
+    several spans of training. Each lane's time between its spans
     (Python, packing, logging) counts as work: of the learner per step, of the rollout per refill.
     """
     settings = read_settings(str(run.folder))
     company = companies(run.spans)
-    per_step = {
-        phase: _alone_s(run, company, phase)
-        for phase in (Phase.PREFILL, Phase.DECODE, Phase.REFERENCE, Phase.TRAIN, Phase.OPTIMIZER,
-                      Phase.PUBLISH)
-    }  # fmt: skip
+    each_s = {phase: _alone_s(run, company, phase) for phase in Phase}
     decoded = [s for s in run.spans if s.phase is Phase.DECODE and s.work.get("steps")]
     steps = statistics.mean(s.work["steps"] for s in decoded)
     refills = sum(s.phase is Phase.PREFILL for s in run.spans)
     versions = sum(s.phase is Phase.PUBLISH for s in run.spans)
+    learns = [
+        s.phase for s in run.spans if s.phase in LANES["learner"] and s.phase is not Phase.PUBLISH
+    ]
     task = settings.task
     return Pipeline(
         mode=Mode.IN_FLIGHT if settings.rollout.max_staleness else Mode.SYNCHRONOUS,
@@ -135,11 +134,10 @@ def pipeline_of_run(run: Run) -> Pipeline:
         max_staleness=settings.rollout.max_staleness,
         slots=settings.rollout.slots,
         chunk_steps=settings.rollout.chunk_steps,
-        decode_step_s=per_step[Phase.DECODE] / steps,
-        admit_s=per_step[Phase.PREFILL] + _between_s(run, "rollout") * versions / refills,
-        learner_s=sum(per_step[p] for p in (Phase.REFERENCE, Phase.TRAIN, Phase.OPTIMIZER))
-        + _between_s(run, "learner"),
-        publish_s=per_step[Phase.PUBLISH],
+        decode_step_s=each_s[Phase.DECODE] / steps,
+        admit_s=each_s[Phase.PREFILL] + _between_s(run, "rollout") * versions / refills,
+        learner_s=sum(each_s[phase] for phase in learns) / versions + _between_s(run, "learner"),
+        publish_s=each_s[Phase.PUBLISH],
         verify_s=task.reward_latency_s,
         verifiers=task.reward_workers,
         contention=run.hardware.contention,

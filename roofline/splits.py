@@ -11,13 +11,14 @@ from functools import cached_property
 
 from models.config import ModelConfig
 from models.rows import samples_per_row
-from roofline import cost
+from roofline import cost, traffic
 from roofline.closed_form import closed_step_s, expected_staleness
 from roofline.hardware import Hardware
 from roofline.kernels import Layout, ceil_div, stored_in
 from roofline.lengths import Lengths
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
+from roofline.placement import check_network, linked, placed
 from roofline.predict import predict
 from roofline.settings import Settings
 
@@ -134,26 +135,6 @@ class Split:
         return "asynchronous" if self.max_staleness else "synchronous"
 
 
-def spanning(hardware: Hardware, devices: int) -> Hardware:
-    """The same devices with the link rate that collectives over so many of them see.
-
-    Beyond one node a collective is bound by the node's egress, which its devices share the array
-    over: min(W_link, devices per node * W_network) (scaling book, gpus chapter).
-
-    Raises:
-        ValueError: more devices than a node has, and no known network between nodes.
-    """
-    if devices <= hardware.node_devices:
-        return hardware
-    if not hardware.network_bytes_per_s:
-        raise ValueError(
-            f"{devices} devices span nodes of {hardware.node_devices} x {hardware.name}, whose "
-            f"network is not known; use at most {hardware.node_devices} devices"
-        )
-    egress = hardware.node_devices * hardware.network_bytes_per_s
-    return dataclasses.replace(hardware, link_bytes_per_s=min(hardware.link_bytes_per_s, egress))
-
-
 def layouts(job: Job, hardware: Hardware, devices: int, *, learner: bool) -> Iterator[Layout]:
     """Meshes of all `devices` that divide the model: tensor and, for the learner, fsdp and data."""
     model, settings = job.model, job.settings
@@ -175,12 +156,12 @@ def layouts(job: Job, hardware: Hardware, devices: int, *, learner: bool) -> Ite
 
 def learner_options(job: Job, hardware: Hardware, devices: int) -> list[LearnerOption]:
     """Each learner mesh of so many devices that fits, with its fastest micro-batch."""
-    found, spanned = [], spanning(hardware, devices)
+    found = []
     for layout in layouts(job, hardware, devices, learner=True):
         options = [
             option
             for rows in _doublings(layout.row_shards, job.rows_per_step)
-            if (option := learner_option(job, spanned, layout, rows)) is not None
+            if (option := learner_option(job, hardware, layout, rows)) is not None
         ]
         if options:
             found.append(min(options, key=lambda o: (o.seconds, sum(o.memory_bytes.values()))))
@@ -226,23 +207,28 @@ def learner_option(job: Job, hardware: Hardware, layout: Layout, rows: int) -> L
 
 
 def learner_times(job: Job, hardware: Hardware, layout: Layout, rows: int) -> LearnerOption:
-    """Times of the learner on this mesh, `hardware` as its collectives see it."""
-    settings, train = job.settings, job.settings.train
+    """Times of the learner on this mesh, on as few nodes as hold it; ValueError if no network joins them."""
+    check_network(hardware, layout.devices)
+    model, settings, train = job.model, job.settings, job.settings.train
     micro, chunk = ceil_div(job.rows_per_step, rows), train.logprob_chunk_tokens
     remat, prompts = settings.model.remat, train.shared_prompts
-    calls = {
-        cost.train(job.model, layout, train.row_tokens, rows, micro, remat, chunk, prompts):
-            settings.grpo.epochs,
-        cost.optimizer(job.model, layout): settings.updates_per_step,
-        cost.reference(job.model, layout, train.row_tokens, rows, micro, chunk, prompts):
-            settings.scoring_passes,
-    }  # fmt: skip
-    shared = _sharing(hardware, layout)
+    local = ceil_div(rows, layout.row_shards)
+    tokens = local * train.row_tokens
+    scored = tokens - local * (prompts.prompt_tokens if prompts else 0)
+    calls = (
+        (cost.train(model, layout, train.row_tokens, rows, micro, remat, chunk, prompts),
+         traffic.train(model, layout, tokens, scored), settings.grpo.epochs),
+        (cost.optimizer(model, layout), (), settings.updates_per_step),
+        (cost.reference(model, layout, train.row_tokens, rows, micro, chunk, prompts),
+         traffic.score(model, layout, tokens, scored), settings.scoring_passes),
+    )  # fmt: skip
+    shared, placement = _sharing(hardware, layout), placed(layout, hardware)
     seconds = {
-        work.phase: number * shared * predict(work, hardware).expected_s
-        for work, number in calls.items()
+        work.phase: number * shared
+        * predict(work, linked(hardware, placement, work, traffic.repeated(found, micro))).expected_s
+        for work, found, number in calls
         if number
-    }
+    }  # fmt: skip
     memory = learner_memory(job, layout, rows)
     return LearnerOption(layout=layout, rows=rows, phase_s=seconds, memory_bytes=memory)
 
@@ -322,14 +308,14 @@ def split_of(
     max_staleness: int, *, colocated: bool,
 ) -> Split:  # fmt: skip
     """What becomes of the job on these two meshes."""
-    published = cost.publish(job.model, learner.layout, rollout.layout, same_devices=colocated)
     devices = learner.layout.devices, rollout.layout.devices
-    spanned = spanning(hardware, devices[0] if colocated else sum(devices))
     phase_s = {
         Phase.PREFILL: rollout.prefill_s,
         Phase.DECODE: rollout.steady_s - rollout.prefill_s,
         **learner.phase_s,
-        Phase.PUBLISH: predict(published, spanned).expected_s,
+        Phase.PUBLISH: publish_s(
+            job.model, learner.layout, rollout.layout, hardware, colocated=colocated
+        ),
     }
     verify_s = job.verify_s
     learns = learner.seconds + phase_s[Phase.PUBLISH]
@@ -365,6 +351,23 @@ def split_of(
         phase_s=phase_s,
         decode_step_s=rollout.decode_step_s,
     )
+
+
+def publish_s(
+    model: ModelConfig, learner: Layout, rollout: Layout, hardware: Hardware, *, colocated: bool
+) -> float:
+    """Seconds of a publication. Gathers run where the learner is; beyond one node the copies leave it."""
+    work = cost.publish(model, learner, rollout, same_devices=colocated)
+    devices = learner.devices + (0 if colocated else rollout.devices)
+    check_network(hardware, devices)
+    found = traffic.publication(model, learner, rollout)
+    gathers_s = sum(placed(learner, hardware).collective_s(one, hardware) for one in found)
+    copied = max(0.0, work.link_bytes - sum(one.link_bytes for one in found))
+    link = hardware.link_bytes_per_s
+    out = link if devices <= hardware.node_devices else min(link, hardware.network_bytes_per_s)
+    seconds = gathers_s + copied / out
+    rate = work.link_bytes / seconds if seconds else link
+    return predict(work, dataclasses.replace(hardware, link_bytes_per_s=rate)).expected_s
 
 
 def with_staleness(settings: Settings, max_staleness: int) -> Settings:

@@ -14,15 +14,19 @@ import yaml
 from jaxrl.cli import save_config
 from jaxrl.config import Config
 from models.config import ModelConfig
+from roofline.answer import answer
 from roofline.closed_form import closed_step_s, expected_staleness
 from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline, simulate
+from roofline.kernels import Layout
 from roofline.lengths import Lengths, lognormal
+from roofline.phases import Phase
 from roofline.plan import advise, best_split, main, split_svg
+from roofline.question import Question
 from roofline.settings import Settings, read_settings, settings_from
 from roofline.simulate import main as simulate_main
 from roofline.simulate import pipeline_of, scaled_split
-from roofline.splits import Job, with_staleness
+from roofline.splits import Job, learner_times, publish_s, with_staleness
 
 ROUNDING = 1 + 1e-9
 CLOSED_FORM_LOW, CLOSED_FORM_HIGH = 0.85, 1.03
@@ -123,6 +127,41 @@ def test_collectives_beyond_a_node_run_at_the_network_s_rate() -> None:
     unknown = dataclasses.replace(H200, network_bytes_per_s=0.0)
     with pytest.raises(ValueError, match="use at most 8 devices"):
         advise(job(), unknown, 16)
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "tensor"),
+    [(64, 1, 1), (1, 64, 1), (8, 1, 8), (16, 4, 1), (4, 2, 8), (2, 2, 2)],
+)
+def test_a_learner_over_nodes_is_planned_as_its_phase_is_predicted(
+    data: int, fsdp: int, tensor: int
+) -> None:
+    """Groups that run beside each other in a node share its egress."""
+    work = job()
+    layout = Layout(
+        data=data, fsdp=fsdp, tensor=tensor, compute_dtype="bfloat16", kv_dtype="bfloat16",
+        attention="cudnn",
+    )  # fmt: skip
+    rows = -(-work.rows_per_step // layout.row_shards) * layout.row_shards
+    slow = dataclasses.replace(H200, network_bytes_per_s=5e9)
+    asked = Question(
+        model=MODEL, hardware=slow, phase=Phase.TRAIN, batch=rows, tokens=1024, data=data, fsdp=fsdp,
+        tensor=tensor, remat="block",
+    )  # fmt: skip
+    planned = learner_times(work, slow, layout, rows)
+    assert planned.phase_s[Phase.TRAIN] == pytest.approx(answer(asked).prediction.expected_s)
+    if layout.devices > 8:
+        assert planned.seconds > learner_times(work, H200, layout, rows).seconds
+
+
+def test_weights_that_leave_the_node_are_published_at_each_device_s_part_of_the_network() -> None:
+    learner, generators = Layout(data=8), Layout(data=56, param_dtype="bfloat16")
+    bf16 = 2.0 * MODEL.num_parameters
+    copies = bf16 * 56 / 8 / H200.network_bytes_per_s / H200.efficiency.link
+    seconds = publish_s(MODEL, learner, generators, H200, colocated=False)
+    assert copies < seconds < 1.2 * copies
+    beside = publish_s(MODEL, Layout(data=4), Layout(data=4), H200, colocated=False)
+    assert beside < seconds / 20
 
 
 # -- closed form against simulation ----------------------------------------------------------------

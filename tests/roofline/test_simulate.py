@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline, simulate
 from roofline.lengths import Lengths, lognormal, measured
-from roofline.simulate import main
+from roofline.phases import Phase
+from roofline.read_run import Run, Span
+from roofline.simulate import main, pipeline_of_run
 
 EXACT = 1e-9  # deterministic cases: only sums of floats in another order
 SAMPLING = 0.03  # means over about 40 steps of random lengths
@@ -233,3 +236,31 @@ def test_a_simulation_without_devices_is_refused(capsys: pytest.CaptureFixture[s
         main(["--config", "quickstart", "--hardware", "h200", "--devices", "0"])
     assert ended.value.code == 2
     assert "--devices=0 must be at least 1" in capsys.readouterr().err
+
+
+def test_every_update_of_a_step_counts_as_the_learner_s_time(tmp_path: Path) -> None:
+    """Of each step: scoring 10 ms, two updates of 20 ms and 1 ms, a publication of 2 ms, 5 ms in no span."""
+    (tmp_path / "config.yaml").write_text("grpo: {minibatches: 2}\n")
+    spans, now_s = [], 0.0
+    for step in range(6):
+        for phase, seconds in (
+            (Phase.REFERENCE, 0.010), (Phase.TRAIN, 0.020), (Phase.OPTIMIZER, 0.001),
+            (Phase.TRAIN, 0.020), (Phase.OPTIMIZER, 0.001), (Phase.PUBLISH, 0.002),
+        ):  # fmt: skip
+            spans.append(
+                Span(phase=phase, lane="learner", start_s=now_s, duration_s=seconds, step=step)
+            )
+            now_s += seconds
+        now_s += 0.005
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        spans.append(
+            Span(phase=phase, lane="rollout", start_s=now_s, duration_s=0.004, work={"steps": 8})
+        )
+    run = Run(
+        folder=tmp_path, hardware=datasheet("h200"), spans=tuple(spans), metrics=(), summary={},
+        config={}, notes=(),
+    )  # fmt: skip
+    seen = pipeline_of_run(run)
+    assert seen.learner_s == pytest.approx(0.010 + 2 * 0.021 + 0.005)
+    assert seen.publish_s == pytest.approx(0.002)
+    assert seen.decode_step_s == pytest.approx(0.004 / 8)
