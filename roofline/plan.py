@@ -25,6 +25,7 @@ from roofline.choose import find_hardware, find_model, is_measured_for, report_e
 from roofline.hardware import Hardware
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
+from roofline.progress import tracked
 from roofline.settings import Settings, model_of, read_settings
 from roofline.splits import (
     Job,
@@ -133,12 +134,10 @@ def _least_device_seconds(job: Job, hardware: Hardware, devices: int) -> tuple[f
     sizes = (
         range(1, devices + 1) if devices <= 64 else [1 << k for k in range(devices.bit_length())]
     )
-    rollouts = [
-        o.steady_s * o.layout.devices for n in sizes for o in rollout_options(job, hardware, n)
-    ]
-    learners = [
-        o.seconds * o.layout.devices for n in sizes for o in learner_options(job, hardware, n)
-    ]
+    rollouts, learners = [], []
+    for n in tracked(sizes, f"meshes of up to {devices} devices"):
+        rollouts += [o.steady_s * n for o in rollout_options(job, hardware, n)]
+        learners += [o.seconds * n for o in learner_options(job, hardware, n)]
     return min(rollouts), min(learners)
 
 
@@ -210,6 +209,8 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
         lengths = lognormal(options.mean_tokens, options.sigma, limit)
     else:
         lengths = lognormal(max(1.0, ASSUMED_MEAN * limit), options.sigma, limit)
+    if options.vocab_size is not None and options.vocab_size < 1:
+        raise ValueError(f"--vocab-size={options.vocab_size} must be >= 1")
     vocab_size = options.vocab_size or VOCABULARY
     if options.vocab_size is None and is_measured_for(hardware, settings):
         vocab_size = hardware.measured_for["model"]["vocab_size"]
@@ -261,12 +262,12 @@ def verdict(advice: Advice, job: Job, hardware: Hardware, devices: int) -> list[
         try:
             seen = advice if fewer == devices else advise(job, hardware, fewer)
         except ValueError:
-            lines.append(f"{fewer:>5} devices: nothing fits")
+            lines.append(f"{_counted(fewer, 'device'):>12}: nothing fits")
             continue
         winner = "asynchronous" if seen.speedup > 1 else "synchronous"
         factor = max(seen.speedup, 1 / seen.speedup)
         lines.append(
-            f"{fewer:>5} devices: {winner} is {factor:.2f} times as fast: synchronous "
+            f"{_counted(fewer, 'device'):>12}: {winner} is {factor:.2f} times as fast: synchronous "
             f"{si(seen.synchronous.step_s, 's')} ({describe(seen.synchronous)}), asynchronous "
             f"{si(seen.asynchronous.step_s, 's')} ({describe(seen.asynchronous)})"
         )

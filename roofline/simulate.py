@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from roofline.analyse import companies
@@ -34,6 +33,7 @@ from roofline.lengths import measured
 from roofline.phases import Phase
 from roofline.plan import advise, describe, job_and_hardware, parser
 from roofline.predict import LANES, Company
+from roofline.progress import tracked
 from roofline.read_run import Run, read_run
 from roofline.settings import read_settings
 from roofline.splits import Job, Split, learner_option, rollout_option, split_of
@@ -203,15 +203,13 @@ def _of_job(options: argparse.Namespace, words: Sequence[str]) -> None:
     job, hardware = job_and_hardware(options, words)
     job, split = scaled_split(job, hardware, options.devices)
     modes = [Mode(options.mode)] if options.mode else list(Mode)
-    start, bar = time.perf_counter(), Console(stderr=True)
+    start = time.perf_counter()
     seen = {
         mode: simulate(
             pipeline_of(job, split, hardware, mode), job.lengths,
             steps=options.steps, seed=options.seed,
         )
-        for mode in track(
-            modes, "simulating", console=bar, transient=True, disable=not bar.is_terminal
-        )
+        for mode in tracked(modes, "simulating")
     }  # fmt: skip
     took_s = time.perf_counter() - start
     if options.json:

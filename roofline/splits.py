@@ -20,6 +20,7 @@ from roofline.memory import memory_per_device
 from roofline.phases import Phase
 from roofline.placement import check_network, linked, placed
 from roofline.predict import predict
+from roofline.progress import tracked
 from roofline.settings import Settings
 
 MAX_TENSOR = 8
@@ -285,7 +286,7 @@ def disjoint(job: Job, hardware: Hardware, devices: int, max_staleness: int) -> 
     stride = max(1, devices // MAX_SPLITS)
     return [
         split_of(job, hardware, learner, rollout, max_staleness, colocated=False)
-        for learning in range(stride, devices, stride)
+        for learning in tracked(range(stride, devices, stride), f"splits of {devices} devices")
         if (rollouts := rollout_options(job, hardware, devices - learning))
         for learner in learner_options(job, hardware, learning)
         for rollout in rollouts

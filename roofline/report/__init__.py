@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = write(folder)
     except (OSError, ValueError) as error:
-        print(f"roofline.report: {error}", file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     for path in paths:
         print(path)

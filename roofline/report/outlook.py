@@ -21,6 +21,7 @@ from roofline.lengths import Lengths, measured
 from roofline.phases import Phase
 from roofline.plan import advise, describe
 from roofline.predict import predict
+from roofline.progress import tracked
 from roofline.read_run import Run
 from roofline.settings import model_of, read_settings
 from roofline.simulate import measured_step_s, pipeline_of_run
@@ -189,7 +190,10 @@ def changes(run: Run, pipeline: Pipeline, lengths: Lengths, job: Job | None) -> 
         for slots in (pipeline.slots // 2, pipeline.slots * 2):
             if slots > 0:
                 tried[f"{slots} slots"] = _with_slots(run, pipeline, job, slots)
-    seen = {name: simulate(one, lengths, steps=STEPS) for name, one in tried.items()}
+    seen = {
+        name: simulate(one, lengths, steps=STEPS)
+        for name, one in tracked(list(tried.items()), "other settings")
+    }
     base = seen["as it ran"].samples_per_s
     return [
         Change(
@@ -255,7 +259,7 @@ def split_curve(run: Run, pipeline: Pipeline, lengths: Lengths) -> SplitCurve | 
             step_s=simulate(moved, lengths, steps=CURVE_STEPS).step_s,
         )
 
-    points = tuple(point(share) for share in CURVE_SHARES)
+    points = tuple(point(share) for share in tracked(CURVE_SHARES, "other splits"))
     return SplitCurve(
         devices=learner + rollout,
         points=points,

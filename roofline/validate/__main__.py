@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from roofline.choose import report_errors
+from roofline.progress import tracked
 from roofline.validate.end_to_end import DECODE_STEP, SERVING_STEP, TRAIN_STEP
 from roofline.validate.kernels import ATTENTION_DECODE, ATTENTION_PREFILL, COLLECTIVE, GEMM
 from roofline.validate.kinds import Kind, Row
@@ -40,6 +41,8 @@ def main() -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.calibrate_rows < 0:
+        raise ValueError(f"--calibrate-rows={options.calibrate_rows} must be at least 0")
     rows = read_cases(options.cases)
     kinds = [kind for kind in KINDS if options.kind in (None, kind.name)]
     scores, ignored = score_cases(rows, kinds, calibrate_rows=options.calibrate_rows)
@@ -91,7 +94,7 @@ def score_cases(
     readable: dict[str, list[Row]] = {kind.name: [] for kind in kinds}
     by_name = {kind.name: kind for kind in kinds}
     ignored: dict[str, int] = {}
-    for row in rows:
+    for row in tracked(rows, "predicting"):
         reason = _unreadable(by_name.get(row["kind"]), row)
         if reason:
             ignored[reason] = ignored.get(reason, 0) + 1
@@ -99,7 +102,7 @@ def score_cases(
             readable[row["kind"]].append(row)
     scores = {
         name: score_kind(by_name[name], own, calibrate_rows=calibrate_rows)
-        for name, own in readable.items()
+        for name, own in tracked(list(readable.items()), "scoring")
         if own
     }
     return scores, ignored

@@ -304,6 +304,8 @@ def test_simulation_prints_each_mode_with_its_staleness(capsys) -> None:
     [
         (main, ["--config", "nowhere"], "no configuration 'nowhere'"),
         (main, [*ARGUMENTS[:3], "h300"], "did you mean"),
+        (main, ["--config", "quickstrt"], "did you mean 'quickstart'"),
+        (main, [*ARGUMENTS, "--vocab-size", "-3"], "--vocab-size=-3 must be >= 1"),
         (main, [*ARGUMENTS, "--model", "qwen3-1.8b"], "did you mean 'qwen3-1.7b'"),
         (main, [*ARGUMENTS, "--devices", "0"], "--devices=0 must be at least 1"),
         (main, [*ARGUMENTS, "--mean-tokens", "99"], r"must lie in [1, 6]"),
@@ -321,3 +323,17 @@ def test_mesh_auto_takes_the_best_split_of_the_run_s_own_bound() -> None:
     chosen = best_split(MODEL, settings(0), H200, 2)
     assert chosen.max_staleness == 0
     assert chosen.devices == 2
+
+
+def test_a_long_search_shows_a_bar_on_a_terminal_and_leaves_the_output_alone(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", "quickstart", "--hardware", "h200", "--devices", "2", "--json"]
+    main(words)
+    quiet = capsys.readouterr()
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    main(words)
+    shown = capsys.readouterr()
+    assert quiet.err == ""
+    assert "splits of 2 devices" in shown.err
+    assert json.loads(shown.out) == json.loads(quiet.out)
