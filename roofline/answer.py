@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from models.config import ModelConfig
 from roofline import cost, serving, traffic
 from roofline.datasheets import DATASHEETS
 from roofline.kernel_times import gpu
 from roofline.kernels import Layout, ceil_div, shard
 from roofline.memory import memory_per_device, program_memory
 from roofline.network import Network
+from roofline.parameters import held_parameters
 from roofline.phases import Phase, PhaseCost
 from roofline.placement import Placement, Turns, linked
 from roofline.predict import Prediction, mbu, mfu, predict
@@ -138,9 +140,10 @@ def _in_turns(seen: Prediction, turns: Turns, hops_s: float) -> Prediction:
 
 
 def tuned_s(question: Question) -> tuple[float, float, float] | None:
-    """`Answer.tuned_s`: fused kernels and flash attention, the optimizer included in train."""
+    """`Answer.tuned_s`: fused kernels and flash attention, the optimizer included in train. The tables
+    know no experts."""
     q = question
-    if q.hardware.calibrated or q.hardware.name not in DATASHEETS:
+    if q.hardware.calibrated or q.hardware.name not in DATASHEETS or q.model.num_experts:
         return None
     device, local = gpu(q.hardware.name), ceil_div(q.batch, q.layout.row_shards)
     turns = q.turns
@@ -203,7 +206,7 @@ def cost_of(question: Question) -> PhaseCost:
             return cost.optimizer(stage, layout)
         case Phase.PUBLISH:
             rollout = Layout(
-                data=q.data * q.fsdp, tensor=q.tensor, compute_dtype=q.dtype,
+                data=q.data * q.fsdp, tensor=q.tensor, expert=q.expert, compute_dtype=q.dtype,
                 param_dtype=q.dtype, kv_dtype=q.dtype,
             )  # fmt: skip
             return cost.publish(stage, layout, rollout)
@@ -220,10 +223,11 @@ def needed_memory(question: Question) -> dict[str, int]:
     its program needs. A stage keeps the activations of as many micro-batches as there are stages."""
     q, stage, turns = question, question.stage, question.turns
     if q.phase in (Phase.SCORE, Phase.REFERENCE, Phase.PREFILL):
-        return program_memory(
+        sizes = program_memory(
             stage, q.layout, q.phase, rows=ceil_div(q.batch, turns.microbatches),
             row_tokens=q.tokens, chunk_tokens=q.chunk_tokens,
         )  # fmt: skip
+        return _dealt(sizes, stage, q.layout)
     if q.trains:
         rows, tokens = (q.batch, q.tokens) if q.phase is Phase.TRAIN else (q.layout.row_shards, 1)
         sizes = memory_per_device(
@@ -232,7 +236,15 @@ def needed_memory(question: Question) -> dict[str, int]:
         )  # fmt: skip
         kept = min(turns.stages, turns.microbatches)
         return {**sizes, "activations": kept * sizes["activations"]}
-    return memory_per_device(stage, q.layout, slots=q.batch, max_len=q.kv_len, snapshots=1)
+    sizes = memory_per_device(stage, q.layout, slots=q.batch, max_len=q.kv_len, snapshots=1)
+    return _dealt(sizes, stage, q.layout)
+
+
+def _dealt(sizes: dict[str, int], stage: ModelConfig, layout: Layout) -> dict[str, int]:
+    """The sizes with a snapshot of the experts that the device was dealt alone."""
+    if layout.expert == 1 or "snapshots" not in sizes:
+        return sizes
+    return {**sizes, "snapshots": held_parameters(stage, layout) * layout.param_bytes}
 
 
 def _tokens(question: Question) -> float:
@@ -278,6 +290,9 @@ def _choices(question: Question) -> dict[str, list[Any]]:
         n for n in range(question.tensor + 1, model.num_kv_heads + 1)
         if model.num_kv_heads % n == 0 and model.ffw_size % n == 0
     ]  # fmt: skip
+    if model.num_experts:
+        wider = range(question.expert + 1, model.num_experts + 1)
+        choices["expert"] = [n for n in wider if model.num_experts % n == 0]
     choices["pipeline"] = [n for n in range(question.pipeline + 1, layers + 1) if layers % n == 0]
     length = "kv_len" if question.phase is Phase.DECODE else "tokens"
     choices |= {name: _smaller(question, name) for name in ("batch", length)}

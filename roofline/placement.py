@@ -1,11 +1,12 @@
 """Which links a program's collectives use when its devices fill several nodes, and what pipeline
 stages add. Standard library only.
 
-Axes from the inside out: tensor, fsdp, data, pipeline. Neighbours on an axis are as many devices
-apart as the axes inside it have together (the stride), so the axis reaches over M nodes with d of
-its n devices in each. Of an array of A bytes a node then sends A (M - 1) / M for an all-gather or
-reduce-scatter and twice that for an all-reduce, and the groups that run beside each other in a node
-share its egress. The slower level counts (scaling book, gpus chapter, cost across nodes):
+Axes from the inside out: tensor, fsdp, data, pipeline; experts are dealt to the innermost devices that
+rows are split over. Neighbours on an axis are as many devices apart as the axes inside it have together
+(the stride), so the axis reaches over M nodes with d of its n devices in each. Of an array of A bytes a
+node then sends A (M - 1) / M for an all-gather or reduce-scatter and twice that for an all-reduce; of an
+all-to-all, in which each of its d devices has an array of its own, d A (n - d) / n. Groups that run beside
+each other in a node share its egress. The slower level counts (scaling book, gpus chapter, cost across nodes):
 
     T = k A max((d - 1) / (d W_link), groups (M - 1) / (M W_node)),   k = 2 for an all-reduce, else 1
 
@@ -57,7 +58,8 @@ class Placement:
 
     def stride(self, axis: Axis) -> int:
         """Devices between neighbours on the axis."""
-        return {"tensor": 1, "fsdp": self.tensor, "data": self.tensor * self.fsdp}[axis]
+        rows = {"expert": self.tensor, "fsdp": self.tensor, "data": self.tensor * self.fsdp}
+        return 1 if axis == "tensor" else rows[axis]
 
     def check(self, hardware: Hardware) -> None:
         """Raises: ValueError if nodes are filled unevenly, a node holds fewer devices, or nobody knows the
@@ -92,6 +94,9 @@ class Placement:
             return local_s
         groups = min(stride, self.per_node)
         egress = self.per_node * hardware.network_bytes_per_s
+        if found.kind == "all-to-all":  # every device has an array of its own
+            leaving = sent * (found.devices - inside) / found.devices
+            return max(local_s, groups * inside * leaving / egress)
         return max(local_s, sent * groups * (spanned - 1) / spanned / egress)
 
     def link_s(

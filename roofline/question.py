@@ -23,8 +23,8 @@ PHASES = (
 EVERY_UP_TO = 32
 """A sweep a..b takes every value where there are at most so many, else doublings."""
 SWEEPABLE = (
-    "batch", "kv_len", "tokens", "steps", "devices", "data", "fsdp", "tensor", "pipeline", "nodes",
-    "microbatches", "chunk_tokens",
+    "batch", "kv_len", "tokens", "steps", "devices", "data", "fsdp", "tensor", "expert",
+    "pipeline", "nodes", "microbatches", "chunk_tokens",
 )  # fmt: skip
 
 
@@ -49,6 +49,8 @@ class Question:
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1
+    """Of the data * fsdp devices, how many each layer's experts are dealt to."""
     pipeline: int = 1
     """Stages that hold an equal part of the layers each."""
     nodes: int = 0
@@ -105,7 +107,8 @@ class Question:
     def layout(self) -> Layout:
         """Mesh and types of a stage's program."""
         return Layout(
-            data=self.data, fsdp=self.fsdp, tensor=self.tensor, compute_dtype=self.dtype,
+            data=self.data, fsdp=self.fsdp, tensor=self.tensor, expert=self.expert,
+            compute_dtype=self.dtype,
             param_dtype="float32" if self.trains else self.dtype, kv_dtype=self.dtype,
             attention=self.hardware.rows_attention(self.dtype, self.model.head_size),
         )  # fmt: skip

@@ -24,7 +24,7 @@ from roofline.question import PHASES, SWEEPABLE, Question, parse_sweep, resized
 from roofline.svg import curves, si
 
 COLUMNS_BESIDE_BAR = 74
-AXES = ("tensor", "fsdp", "pipeline", "data")
+AXES = ("tensor", "fsdp", "expert", "pipeline", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -103,7 +103,7 @@ def _question(options: argparse.Namespace) -> Question:
     asked = Question(
         model=model, hardware=hardware, phase=Phase(options.phase), batch=options.batch, kv_len=options.kv_len,
         tokens=options.tokens, steps=options.steps, data=options.data or 1, fsdp=options.fsdp,
-        tensor=options.tensor, pipeline=options.pipeline, nodes=options.nodes or 0,
+        tensor=options.tensor, expert=options.expert, pipeline=options.pipeline, nodes=options.nodes or 0,
         microbatches=options.microbatches or 0, dtype=options.dtype, remat=options.remat,
         chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
@@ -133,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help="all devices; data = devices / (tensor * fsdp * pipeline)")
     add("--parallel.tensor", dest="tensor", type=int, default=1, help="tensor parallel devices")
     add("--parallel.fsdp", dest="fsdp", type=int, default=1, help="devices sharing the weights")
+    add(
+        "--parallel.expert",
+        dest="expert",
+        type=int,
+        default=1,
+        help="of the data * fsdp devices, how many the experts are dealt to",
+    )
     add("--parallel.pipeline", dest="pipeline", type=int, default=1, help="pipeline stages")
     add("--microbatches", type=int, help="of a replica's rows in a pipeline (default: 4 per stage)")
     add(
@@ -158,8 +165,8 @@ def _parser() -> argparse.ArgumentParser:
 def _print_answer(question: Question, seen: Answer, console: Console) -> None:
     p, hardware = seen.prediction, question.hardware
     mesh = f"data {question.data} x fsdp {question.fsdp} x tensor {question.tensor}"
-    if question.pipeline > 1:
-        mesh += f" x pipeline {question.pipeline}"
+    mesh += f" x pipeline {question.pipeline}" if question.pipeline > 1 else ""
+    mesh += f", experts over {question.expert}" if question.expert > 1 else ""
     known = f"calibrated {hardware.date}" if hardware.calibrated else "datasheet"
     where = f"{seen.placement.devices} x {hardware.name}"
     if seen.placement.nodes > 1:

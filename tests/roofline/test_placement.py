@@ -47,6 +47,13 @@ def test_groups_beside_each_other_share_a_node_s_egress() -> None:
     assert apart.collective_s(gather("data", 2), H100) == pytest.approx(expected)
 
 
+def test_of_an_exchange_every_device_sends_its_own_array_at_its_part_of_the_network() -> None:
+    place = Placement(data=32, nodes=4)
+    found = Collective(kind="all-to-all", axis="expert", devices=32, array_bytes=1e9)
+    seconds = place.collective_s(found, H100)
+    assert seconds == pytest.approx(1e9 * 24 / 32 / H100.network_bytes_per_s)
+
+
 def test_inside_a_node_nothing_changes() -> None:
     place = Placement(data=2, tensor=8, nodes=2)
     inside = gather("tensor", 8)

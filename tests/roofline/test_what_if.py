@@ -20,7 +20,7 @@ from roofline.datasheets import DATASHEETS, datasheet
 from roofline.hardware import Hardware
 from roofline.phases import Phase
 from roofline.predict import predict
-from roofline.question import PHASES, Question, parse_sweep
+from roofline.question import PHASES, Question, parse_sweep, resized
 from roofline.what_if import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -270,3 +270,29 @@ def test_where_no_size_helps_more_devices_are_proposed(capsys) -> None:
     assert "it fits with --devices 32 --parallel.fsdp 32 --remat block" in said
     main([*words, "--devices", "32", "--parallel.fsdp", "32", "--remat", "block"])
     assert "32 x h100-sxm on 4 nodes of 8" in capsys.readouterr().out
+
+
+MIXTURE = Question(
+    model=find_model("qwen3-30b-a3b", 128), hardware=datasheet("h200"), phase=Phase.DECODE, batch=64,
+    data=8, devices=8,
+)  # fmt: skip
+
+
+def test_experts_dealt_out_take_less_memory_and_time_for_an_exchange_of_tokens(capsys) -> None:
+    whole, dealt = (answer(resized(MIXTURE, {"expert": expert})) for expert in (1, 8))
+    experts = 48 * 128 * 3 * 768 * 2048 * 2
+    saved = whole.memory_bytes["snapshots"] - dealt.memory_bytes["snapshots"]
+    assert saved == experts * 7 // 8
+    assert dealt.prediction.expected_s < whole.prediction.expected_s
+    assert dealt.cost.link_bytes > 1e6 > whole.cost.link_bytes
+    words = ["--model", "qwen3-30b-a3b", "--hardware", "h200", "--batch", "64", "--devices", "8"]
+    main([*words, "--parallel.expert", "8"])
+    assert "experts over 8" in capsys.readouterr().out
+
+
+def test_what_a_mixture_takes_with_a_server_s_kernels_is_not_said_from_tables_without_experts() -> (
+    None
+):
+    assert answer(MIXTURE).tuned_s is None
+    assert answer(dataclasses.replace(MIXTURE, phase=Phase.PREFILL)).tuned_s is None
+    assert answer(DECODE).tuned_s is not None
