@@ -55,7 +55,7 @@ class Plan:
 def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
     """Derive and check everything. Raises: UserError for sizes that do not fit the devices."""
     shapes = make_shapes(config, model)
-    _check_divisible(config, shapes)
+    check_divisible(config, shapes)
     samples = config.grpo.prompts_per_step * config.grpo.group_size
     held = samples_per_row(
         config.train.row_tokens, config.train.shared_prompts, group=config.grpo.group_size,
@@ -251,7 +251,8 @@ def _parts(parts: dict[str, int]) -> str:
     )
 
 
-def _check_divisible(config: Config, shapes: Shapes) -> None:
+def check_divisible(config: Config, shapes: Shapes) -> None:
+    """Raises: UserError for rows, slots, heads or sizes that the meshes do not divide."""
     rows, row_shards = config.train.rows_per_microbatch, shapes.learner.row_shards
     if rows % row_shards:
         below = rows // row_shards * row_shards

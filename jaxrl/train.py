@@ -42,7 +42,7 @@ from jaxrl.finish import finish
 from jaxrl.interrupt import stop_asked
 from jaxrl.learner.learner import Learner
 from jaxrl.learner.prepare import Rows, prepare
-from jaxrl.plan import Plan, make_plan, plan_rows, workload_of
+from jaxrl.plan import Plan, check_divisible, make_plan, make_shapes, plan_rows, workload_of
 from jaxrl.policy import check_weights, describe_policy
 from jaxrl.presets import listing
 from jaxrl.prompts import PromptStream
@@ -83,6 +83,7 @@ def run(parsed: ParsedArgs, argv: Sequence[str], *, only_cold_start: bool = Fals
     stream = build.make_stream(config, subject)
     if config.mesh.auto:
         config = _with_mesh(config, subject, again=parsed.recalibrate)
+    check_divisible(config, make_shapes(config, subject.model))  # before half a minute of measuring
     learner_mesh, rollout_mesh = make_meshes(config.mesh)
     hardware = cached_or_calibrate(
         replace(subject.model, lora=None), workload=workload_of(config), again=parsed.recalibrate,

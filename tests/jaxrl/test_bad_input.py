@@ -80,6 +80,13 @@ def test_a_wrong_setting_is_named_with_its_remedy(
         assert part in message, message
 
 
+def test_a_mesh_that_divides_nothing_is_refused_before_the_machine_is_measured(
+    refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "cached_or_calibrate", lambda *_, **__: pytest.fail("measured"))
+    assert "use 6 or 9" in refusal("--mesh.learner-data=3")
+
+
 def test_a_malformed_task_line_is_named_by_file_and_line(
     refusal: Callable[..., str], tmp_path: Path
 ) -> None:
