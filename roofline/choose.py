@@ -92,6 +92,13 @@ def is_measured_for(hardware: Hardware, settings: Settings) -> bool:
     )
 
 
+def measured_vocabulary(hardware: Hardware, settings: Settings) -> int | None:
+    """Tokens of the model that was calibrated for these settings; None: the calibration is of other ones."""
+    if not is_measured_for(hardware, settings):
+        return None
+    return hardware.measured_for["model"]["vocab_size"]
+
+
 def _shape(model: Mapping[str, Any]) -> list[Any]:
     """What settings say of a model that is built from scratch."""
     names = ("width", "num_layers", "num_heads", "num_kv_heads", "head_size", "ffw_size", "qk_norm")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import ModelConfig
-from roofline.choose import find_hardware, find_model, is_measured_for, report_errors
+from roofline.choose import find_hardware, find_model, measured_vocabulary, report_errors
 from roofline.hardware import Hardware
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
@@ -211,9 +211,7 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
         lengths = lognormal(max(1.0, ASSUMED_MEAN * limit), options.sigma, limit)
     if options.vocab_size is not None and options.vocab_size < 1:
         raise ValueError(f"--vocab-size={options.vocab_size} must be >= 1")
-    vocab_size = options.vocab_size or VOCABULARY
-    if options.vocab_size is None and is_measured_for(hardware, settings):
-        vocab_size = hardware.measured_for["model"]["vocab_size"]
+    vocab_size = options.vocab_size or measured_vocabulary(hardware, settings) or VOCABULARY
     if options.model is not None:
         model = find_model(options.model, vocab_size)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from roofline.analyse import LaneRow, PhaseRow, StepTimes, lane_rows, phase_rows, spread, step_times
+from roofline.choose import measured_vocabulary
 from roofline.hardware import Hardware
 from roofline.read_run import Run
 from roofline.report import outlook
@@ -124,16 +125,22 @@ def _model(run: Run, notes: list[str]) -> dict[str, Any]:
         for name, value in run.config.items()
         if name.startswith("model.")
     }
-    if given.get("path", "null") in NO_PATH:
-        return given
     try:
-        shape = model_of(read_settings(str(run.folder)), outlook.ASSUMED_VOCABULARY)
+        settings = read_settings(str(run.folder))
+        vocab_size = measured_vocabulary(run.hardware, settings)
+        shape = model_of(settings, vocab_size or outlook.ASSUMED_VOCABULARY)
     except (OSError, ValueError) as error:
+        if given.get("path", "null") in NO_PATH:
+            return given
         here = Path(given["path"]).exists()
         reason = str(error) if here else f"{given['path']} does not exist as seen from here"
         notes.append(f"The model's shape is not known: {reason}.")
         return {"path": given["path"]}
+    if given.get("path", "null") in NO_PATH:
+        counted = {"vocab_size": vocab_size, "parameters": shape.num_parameters}
+        return {**given, **counted} if vocab_size else given
     named = {name: getattr(shape, name) for name in ("family", "vocab_size", *SHAPE)}
+    named["parameters"] = shape.num_parameters
     return {"path": given["path"], **named, "dtype": given.get("dtype", "float32")}
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from roofline import cost
+from roofline.choose import measured_vocabulary
 from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline, simulate
 from roofline.hardware import Hardware
@@ -35,7 +36,7 @@ STALENESS_BOUNDS = (0, 1, 2, 4)
 FACTOR = 2.0
 """How many times faster a lane becomes in the what-if table."""
 ASSUMED_VOCABULARY = 128
-"""Tokens of a policy built from scratch, whose tokenizer a run folder does not record."""
+"""Tokens of a policy built from scratch, where the run's hardware.json does not say them."""
 CARDS, CARD_DEVICES = ("a100-80gb-sxm", "h100-80gb-sxm", "h200", "b200", "l40s"), (2, 8)
 GIB = 2**30
 
@@ -276,7 +277,8 @@ def job_of_run(run: Run, lengths: Lengths) -> Job:
         ValueError: its configuration or its model cannot be read from here.
     """
     settings = read_settings(str(run.folder))
-    model = model_of(settings, ASSUMED_VOCABULARY)
+    vocab_size = measured_vocabulary(run.hardware, settings) or ASSUMED_VOCABULARY
+    model = model_of(settings, vocab_size)
     return Job(model=model, settings=settings, lengths=lengths)
 
 

@@ -45,6 +45,7 @@ def header(report: Report) -> list[tuple[str, str]]:
     path, dtype = model.get("path", "null"), model.get("dtype", "")
     named = [] if path in NO_PATH else [Path(path).name]
     shape = ("family", *SHAPE, "vocab_size", "dtype")
+    named += [f"{model['parameters']:,} parameters"] if "parameters" in model else []
     named += [f"{name.replace('_', ' ')} {model[name]}" for name in shape if name in model]
     peaks = ", ".join(
         f"{name} {si(peak, 'flop/s')}" for name, peak in hardware.peak_flops_per_s.items()

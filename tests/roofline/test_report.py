@@ -19,10 +19,15 @@ from roofline import cost
 from roofline.analyse import overlaps, phase_rows, step_times
 from roofline.datasheets import datasheet
 from roofline.hardware import Hardware
+from roofline.lengths import measured
 from roofline.phases import Phase, PhaseCost
 from roofline.predict import predict, stretched
 from roofline.read_run import Span, read_run
 from roofline.report import main, schema, write
+from roofline.report.content import build
+from roofline.report.outlook import job_of_run
+from roofline.report.text import header
+from roofline.settings import model_of, read_settings, workload_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ModelConfig(
@@ -416,3 +421,18 @@ def test_text_of_the_run_is_escaped(run_dir: Path) -> None:
     path = write(run_dir)[1]
     assert "<b>card" not in path.read_text()
     assert "&lt;b&gt;card&lt;/b&gt; &amp; co" in path.read_text()
+
+
+def test_the_header_counts_the_parameters_that_calibration_knew(run_dir: Path) -> None:
+    settings = read_settings(str(run_dir))
+    run = read_run(run_dir)
+    assert "parameters" not in dict(header(build(run)))["model"]
+    measured_for = {
+        "model": dataclasses.asdict(dataclasses.replace(MODEL, qk_norm=True, vocab_size=20)),
+        "workload": dataclasses.asdict(workload_of(settings)),
+    }
+    dataclasses.replace(shared_cores(), measured_for=measured_for).save(run_dir / "hardware.json")
+    run = read_run(run_dir)
+    shape = model_of(settings, 20)
+    assert f"{shape.num_parameters:,} parameters" in dict(header(build(run)))["model"]
+    assert job_of_run(run, measured(run_dir)).model == shape
