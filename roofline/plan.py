@@ -1,7 +1,8 @@
 """`python -m roofline.plan`: how to split the devices between generators and learner, before anything runs.
 
     python -m roofline.plan --config quickstart --hardware h200 --devices 8 --model qwen3-1.7b
-        [--rollout.max_new_tokens 1024] [--mean-tokens 400 --sigma 0.6 | --lengths RUN] [--json]
+        [--rollout.max_new_tokens 1024 --train.row_tokens 2112] [--mean-tokens 400 --sigma 0.6 | --lengths RUN]
+        [--json]
 
 Every feasible split is predicted (`roofline.splits`); the best for the run's staleness bound is
 marked, with its regret against the continuous optimum, and synchronous and asynchronous are compared.
@@ -201,6 +202,7 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
         ValueError: something in it does not exist or does not go together.
     """
     settings = read_settings(options.config, words)
+    _check_rows(settings)
     hardware = find_hardware(options.hardware, settings)
     limit = settings.rollout.max_new_tokens
     if options.lengths is not None:
@@ -217,6 +219,23 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
     else:
         model = model_of(settings, vocab_size)
     return Job(model=model, settings=settings, lengths=lengths), hardware
+
+
+def _check_rows(settings: Settings) -> None:
+    """Raises: ValueError for packed rows that do not hold the longest sample, as training would."""
+    train, rollout = settings.train, settings.rollout
+    shared = train.shared_prompts
+    longest, held = settings.max_tokens, train.row_tokens
+    named = "rollout.max_prompt_tokens + rollout.max_new_tokens"
+    least = longest
+    if shared is not None:
+        longest, held = rollout.max_new_tokens, shared.part_tokens(train.row_tokens)
+        named, least = "rollout.max_new_tokens", shared.prompt_tokens + shared.parts * longest
+    if held < longest:
+        raise ValueError(
+            f"train.row_tokens={train.row_tokens} holds {held} tokens of a sample, but {named} = "
+            f"{longest}; set --train.row_tokens={least}"
+        )
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> None:

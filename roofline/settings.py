@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -25,6 +26,11 @@ from roofline.names import meant
 
 MISSPELT = 0.85
 """Similarity from which an unknown key is taken for a misspelt one."""
+MAY_BE_ZERO = frozenset({
+    "task.reward_workers", "train.shared_prompt_tokens", "lora.rank", "rollout.max_staleness",
+    "rollout.shared_prefix",
+})  # fmt: skip
+"""Whole numbers that may be 0, which means none; the others count from 1."""
 _ROOT = Path(__file__).resolve().parents[1]
 CONFIG_FOLDERS = (_ROOT / "configs", _ROOT / "jaxrl" / "configs")
 """Where a name is looked up after the literal path: the checkout, then the installed package."""
@@ -43,7 +49,7 @@ class ModelSettings:
     ffw_size: int = 384
     qk_norm: bool = True
     tied_embeddings: bool = True
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     attention: Literal["auto", "blocks", "xla", "cudnn", "pallas"] = "auto"
 
@@ -92,7 +98,7 @@ class RolloutSettings:
     max_prompt_tokens: int = 32
     max_new_tokens: int = 32
     max_staleness: int = 1
-    cache_dtype: str = "auto"
+    cache_dtype: Literal["auto", "bfloat16", "float32", "int8", "float8_e4m3"] = "auto"
     shared_prefix: int = 0
 
     def prefixes(self, group: int) -> PrefixRows | None:
@@ -261,6 +267,7 @@ def _filled(
     given: Mapping[str, Any] | None = None,
 ) -> Settings:
     sections = {part.name: getattr(Settings(), part.name) for part in dataclasses.fields(Settings)}
+    hints = {name: get_type_hints(type(section)) for name, section in sections.items()}
     known = {
         f"{name}.{item.name}": getattr(section, item.name)
         for name, section in sections.items()
@@ -278,7 +285,9 @@ def _filled(
     for key, default in known.items():
         if key in values:
             section, _, name = key.partition(".")
-            chosen[section][name] = _typed(values[key], default, f"{where}{key}")
+            typed = _typed(values[key], default, f"{where}{key}")
+            _check_range(key, typed, hints[section].get(name), where)
+            chosen[section][name] = typed
     parts = {name: dataclasses.replace(sections[name], **chosen[name]) for name in sections}
     return Settings(**parts)
 
@@ -293,6 +302,19 @@ def _typed(value: Any, default: Any, where: str) -> Any:
             f"{where}={value!r} is a {type(value).__name__}; its type must be {type(default).__name__}"
         )
     return value
+
+
+def _check_range(key: str, value: Any, hint: Any, where: str) -> None:
+    """Raises: ValueError for a number below what it counts, or a word that is none of the choices."""
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if choices and value not in choices:
+        near = meant(str(value), choices)
+        raise ValueError(f"{where}{key}={value!r} is not one of {', '.join(choices)}{near}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least = 1 if isinstance(value, int) and key not in MAY_BE_ZERO else 0
+    if not least <= value < math.inf:
+        raise ValueError(f"{where}{key}={value} must be a number of at least {least}")
 
 
 def workload_of(settings: Settings) -> Workload:

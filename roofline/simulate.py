@@ -115,11 +115,21 @@ def pipeline_of_run(run: Run) -> Pipeline:
     while the other lane is at work are longer by the phase's contention. A step of several updates has
     several spans of training. Each lane's time between its spans
     (Python, packing, logging) counts as work: of the learner per step, of the rollout per refill.
+
+    Raises:
+        ValueError: the run stepped too little, or recorded no decode steps or no configuration.
     """
+    needed = {Phase.PUBLISH: 3, Phase.PREFILL: 1, Phase.DECODE: 1}
+    for phase, least in needed.items():
+        seen = sum(span.phase is phase for span in run.spans)
+        if seen < least:
+            raise ValueError(f"the run has {seen} {phase} spans outside compilation, of {least}")
     settings = read_settings(str(run.folder))
     company = companies(run.spans)
     each_s = {phase: _alone_s(run, company, phase) for phase in Phase}
     decoded = [s for s in run.spans if s.phase is Phase.DECODE and s.work.get("steps")]
+    if not decoded:
+        raise ValueError("no decode span of the run records its number of steps")
     steps = statistics.mean(s.work["steps"] for s in decoded)
     refills = sum(s.phase is Phase.PREFILL for s in run.spans)
     versions = sum(s.phase is Phase.PUBLISH for s in run.spans)
@@ -200,6 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _of_job(options: argparse.Namespace, words: Sequence[str]) -> None:
+    if options.seed < 0:
+        raise ValueError(f"--seed={options.seed} must be >= 0")
     job, hardware = job_and_hardware(options, words)
     job, split = scaled_split(job, hardware, options.devices)
     modes = [Mode(options.mode)] if options.mode else list(Mode)

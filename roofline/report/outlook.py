@@ -144,13 +144,6 @@ def pipeline_and_lengths(run: Run) -> tuple[Pipeline, Lengths]:
     Raises:
         ValueError: the run stepped too little, or recorded no completions or no configuration.
     """
-    needed = {Phase.PUBLISH: 3, Phase.PREFILL: 1, Phase.DECODE: 1}
-    for phase, least in needed.items():
-        seen = sum(span.phase is phase for span in run.spans)
-        if seen < least:
-            raise ValueError(f"the run has {seen} {phase} spans outside compilation, of {least}")
-    if not any(s.phase is Phase.DECODE and s.work.get("steps") for s in run.spans):
-        raise ValueError("no decode span of the run records its number of steps")
     return pipeline_of_run(run), measured(run.folder)
 
 

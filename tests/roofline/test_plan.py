@@ -304,6 +304,17 @@ def test_simulation_prints_each_mode_with_its_staleness(capsys) -> None:
     [
         (main, ["--config", "nowhere"], "no configuration 'nowhere'"),
         (main, [*ARGUMENTS[:3], "h300"], "did you mean"),
+        (main, [*ARGUMENTS, "--rollout.slots=0"], "rollout.slots=0 must be a number of at least 1"),
+        (
+            main,
+            [*ARGUMENTS, "--task.reward_workers=-1"],
+            "reward_workers=-1 must be a number of at least 0",
+        ),
+        (main, [*ARGUMENTS, "--task.reward_latency_s=.nan"], "reward_latency_s=nan must be"),
+        (main, [*ARGUMENTS, "--model.dtype=bf16"], "did you mean 'bfloat16'"),
+        (main, [*ARGUMENTS, "--rollout.cache_dtype=int9"], "did you mean 'int8'"),
+        (main, [*ARGUMENTS, "--rollout.max_new_tokens=1024"], "set --train.row_tokens=1032"),
+        (simulate_main, [*ARGUMENTS, "--seed=-1"], "--seed=-1 must be >= 0"),
         (main, ["--config", "quickstrt"], "did you mean 'quickstart'"),
         (main, [*ARGUMENTS, "--vocab-size", "-3"], "--vocab-size=-3 must be >= 1"),
         (main, [*ARGUMENTS, "--model", "qwen3-1.8b"], "did you mean 'qwen3-1.7b'"),
@@ -323,6 +334,16 @@ def test_mesh_auto_takes_the_best_split_of_the_run_s_own_bound() -> None:
     chosen = best_split(MODEL, settings(0), H200, 2)
     assert chosen.max_staleness == 0
     assert chosen.devices == 2
+
+
+def test_rows_with_shared_prompts_must_hold_the_longest_completion_in_each_part(capsys) -> None:
+    words = [*ARGUMENTS, "--train.shared_prompt_tokens=32", "--train.row_parts=4"]
+    words += ["--rollout.max_new_tokens=100", "--mean-tokens=50"]
+    main([*words, "--train.row_tokens=432", "--json"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*words, "--train.row_tokens=428"])
+    assert "set --train.row_tokens=432" in capsys.readouterr().err
 
 
 def test_a_long_search_shows_a_bar_on_a_terminal_and_leaves_the_output_alone(

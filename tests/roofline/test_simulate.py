@@ -264,3 +264,12 @@ def test_every_update_of_a_step_counts_as_the_learner_s_time(tmp_path: Path) -> 
     assert seen.learner_s == pytest.approx(0.010 + 2 * 0.021 + 0.005)
     assert seen.publish_s == pytest.approx(0.002)
     assert seen.decode_step_s == pytest.approx(0.004 / 8)
+
+
+def test_a_run_too_short_to_replay_is_refused_with_what_it_lacks(tmp_path: Path) -> None:
+    run = Run(
+        folder=tmp_path, hardware=datasheet("h200"), spans=(), metrics=(), summary={}, config={},
+        notes=(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="0 publish spans outside compilation, of 3"):
+        pipeline_of_run(run)
