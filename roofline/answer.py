@@ -49,7 +49,7 @@ class Answer:
     hops_s: float
     """Between the stages of a pipeline, in `prediction` already."""
     tuned_s: tuple[float, float, float] | None
-    """Expected time with the tuned kernels of trainers and servers, and the ends of its 80 %
+    """Expected time with the tuned kernels of trainers and servers, and the ends of its 90 %
     interval, from measured operator tables [s]; None where there are none."""
 
     def to_json(self) -> dict[str, Any]:
@@ -176,10 +176,11 @@ def _tuned_training(q: Question, rows: int) -> tuple[float, float, float]:
         global_batch=rows * q.turns.microbatches * q.layout.row_shards, micro_batch=rows,
         seq=q.tokens, recompute="full" if q.remat == "block" else "none", dtype=q.dtype,
     )  # fmt: skip
-    placement, network = q.placement, None
-    if placement.nodes > 1:
-        egress = placement.per_node * q.hardware.network_bytes_per_s
-        network = Network(devices_per_node=placement.per_node, node_bytes_per_s=egress)
+    alone = q.placement.nodes == 1  # what leaves a stage then goes over the node's links
+    rate = q.hardware.link_bytes_per_s if alone else q.hardware.network_bytes_per_s
+    network = Network(
+        devices_per_node=q.placement.per_node, node_bytes_per_s=q.placement.per_node * rate
+    )
     seen = train_step(q.model, gpu(q.hardware.name), parallel, step, network=network)
     return seen.expected_s, *seen.interval_s
 

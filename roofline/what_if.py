@@ -225,4 +225,4 @@ def _interval(seen: Answer) -> str:
     if seen.tuned_s is None:
         return "-"
     expected, low, high = (si(value, "s") for value in seen.tuned_s)
-    return f"{expected}, 80 % between {low} and {high} (trainers' and servers' operators)"
+    return f"{expected}, 90 % between {low} and {high} (trainers' and servers' operators)"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 from xml.etree import ElementTree
 
 import pytest
@@ -21,6 +23,7 @@ from roofline.hardware import Hardware
 from roofline.phases import Phase
 from roofline.predict import predict
 from roofline.question import PHASES, Question, parse_sweep, resized
+from roofline.serving import UNCALIBRATED_SPREAD
 from roofline.what_if import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,3 +299,24 @@ def test_what_a_mixture_takes_with_a_server_s_kernels_is_not_said_from_tables_wi
     assert answer(MIXTURE).tuned_s is None
     assert answer(dataclasses.replace(MIXTURE, phase=Phase.PREFILL)).tuned_s is None
     assert answer(DECODE).tuned_s is not None
+
+
+@pytest.mark.parametrize("name", DATASHEETS)
+def test_training_is_predicted_on_a_node_of_every_card(name: str) -> None:
+    asked = Question(
+        model=find_model("qwen2.5-0.5b", 128), hardware=datasheet(name), phase=Phase.TRAIN, batch=8,
+        tokens=512, fsdp=4, pipeline=2,
+    )  # fmt: skip
+    seen = answer(asked)
+    assert seen.tuned_s is not None
+    assert 0 < seen.tuned_s[1] < seen.tuned_s[0] < seen.tuned_s[2]
+
+
+def test_the_interval_of_tuned_kernels_is_said_to_hold_what_it_holds(capsys) -> None:
+    """exp(1.645 s) on both sides: nine tenths of a lognormal."""
+    seen = answer(DECODE).tuned_s
+    assert seen is not None
+    shares = [NormalDist(0, UNCALIBRATED_SPREAD).cdf(math.log(end / seen[0])) for end in seen[1:]]
+    assert shares == pytest.approx([0.05, 0.95], abs=1e-3)
+    main(ARGUMENTS)
+    assert "90 % between" in capsys.readouterr().out
