@@ -93,8 +93,7 @@ def answer(question: Question) -> Answer:
 
 
 def collectives_of(question: Question) -> tuple[Collective, ...]:
-    """The collectives over mesh axes in `cost_of`; what publication copies and sampling gathers is
-    not among them."""
+    """The collectives over mesh axes in `cost_of`; what publication copies is not among them."""
     q, layout, stage = question, question.layout, question.stage
     rows, times = ceil_div(q.batch, layout.row_shards), q.turns.microbatches
     tokens = ceil_div(rows, times) * q.tokens
@@ -102,7 +101,10 @@ def collectives_of(question: Question) -> tuple[Collective, ...]:
         case Phase.PREFILL:
             once = traffic.forward(stage, layout, tokens)
         case Phase.DECODE:
-            once = traffic.forward(stage, layout, ceil_div(rows, times)) * q.steps
+            group = ceil_div(rows, times)
+            step = traffic.forward(stage, layout, group) + traffic.sampling(stage, layout, group)
+            slots = q.batch if times == 1 else group * layout.row_shards
+            once = step * q.steps + traffic.samples(layout, slots, q.steps)
         case Phase.SCORE | Phase.REFERENCE:
             once = traffic.forward(stage, layout, tokens)
             once += traffic.scored_head(stage, layout, tokens, trains=False)

@@ -62,12 +62,20 @@ def test_inside_a_node_nothing_changes() -> None:
     )
 
 
-@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.SCORE, Phase.TRAIN])
+@pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.TRAIN])
 def test_the_collectives_over_axes_send_what_the_phase_s_cost_counts(phase: Phase) -> None:
-    fsdp = 1 if phase is Phase.PREFILL else 2
+    fsdp = 1 if phase in (Phase.PREFILL, Phase.DECODE) else 2
     question = dataclasses.replace(TRAIN, phase=phase, fsdp=fsdp, tensor=2, data=2, pipeline=2)
     sent = sum(found.link_bytes for found in collectives_of(question))
     assert sent == pytest.approx(cost_of(question).link_bytes, rel=ROUNDING)
+
+
+def test_what_sampling_gathers_over_heads_of_one_node_does_not_cross_the_network() -> None:
+    one = dataclasses.replace(
+        TRAIN, phase=Phase.DECODE, batch=64, steps=16, fsdp=1, tensor=4, data=2, pipeline=1, nodes=1
+    )
+    near, far = (answer(dataclasses.replace(one, nodes=nodes)).prediction for nodes in (1, 2))
+    assert far.link_s < 1.01 * near.link_s  # the samples themselves, some bytes for each slot, do
 
 
 def test_the_network_between_nodes_costs_time_and_a_faster_one_less() -> None:
