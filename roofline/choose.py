@@ -18,6 +18,8 @@ from roofline.names import meant
 from roofline.settings import Settings, model_of, read_settings, workload_of
 
 EXIT_USER_ERROR = 2
+VOCABULARY = 128
+"""Tokens of a policy built from scratch, whose tokenizer nobody has made yet."""
 
 
 def find_model(name: str, vocab_size: int) -> ModelConfig:

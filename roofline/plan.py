@@ -22,7 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from models.config import ModelConfig
-from roofline.choose import find_hardware, find_model, measured_vocabulary, report_errors
+from roofline.choose import (
+    VOCABULARY,
+    find_hardware,
+    find_model,
+    measured_vocabulary,
+    report_errors,
+)
 from roofline.hardware import Hardware
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
@@ -44,8 +50,6 @@ ASSUMED_MEAN, ASSUMED_SIGMA = 0.5, 0.6
 MOST_DEVICES = 4096
 """Where the search for the smallest feasible number of devices ends."""
 SHOWN = 12
-VOCABULARY = 128
-"""Of a policy built from scratch, whose tokenizer nobody has made yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,11 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from roofline.answer import GIB, Answer, answer
-from roofline.choose import find_hardware, find_model, report_errors
+from roofline.choose import (
+    VOCABULARY,
+    find_hardware,
+    find_model,
+    measured_vocabulary,
+    report_errors,
+)
+from roofline.hardware import Hardware
 from roofline.names import meant
 from roofline.phases import Phase
 from roofline.predict import Prediction
 from roofline.question import PHASES, SWEEPABLE, Question, parse_sweep, resized
+from roofline.settings import read_settings
 from roofline.svg import curves, si
 
 COLUMNS_BESIDE_BAR = 74
@@ -93,18 +101,20 @@ def _question(options: argparse.Namespace) -> Question:
         if value is not None and value < 1:
             option = f"parallel.{name}" if name in AXES else name.replace("_", "-")
             raise ValueError(f"--{option}={value} must be >= 1")
-    model, hardware = find_model(options.model, options.vocab_size), find_hardware(options.hardware)
-    if options.dtype not in hardware.peak_flops_per_s:
+    vocab_size, dtype = _of_run(Path(options.model))
+    model = find_model(options.model, options.vocab_size or vocab_size)
+    hardware, dtype = find_hardware(options.hardware), options.dtype or dtype
+    if dtype not in hardware.peak_flops_per_s:
         known = sorted(hardware.peak_flops_per_s)
         raise ValueError(
-            f"--dtype={options.dtype}: {hardware.name} has no peak for it"
-            f"{meant(options.dtype, known)} It has {', '.join(known)}"
+            f"--dtype={dtype}: {hardware.name} has no peak for it{meant(dtype, known)} It has "
+            f"{', '.join(known)}"
         )
     asked = Question(
         model=model, hardware=hardware, phase=Phase(options.phase), batch=options.batch, kv_len=options.kv_len,
         tokens=options.tokens, steps=options.steps, data=options.data or 1, fsdp=options.fsdp,
         tensor=options.tensor, expert=options.expert, pipeline=options.pipeline, nodes=options.nodes or 0,
-        microbatches=options.microbatches or 0, dtype=options.dtype, remat=options.remat,
+        microbatches=options.microbatches or 0, dtype=dtype, remat=options.remat,
         chunk_tokens=options.chunk_tokens,
     )  # fmt: skip
     if options.devices is None:
@@ -117,6 +127,16 @@ def _question(options: argparse.Namespace) -> Question:
             f"--devices={options.devices}, but {named} = {asked.placement.devices}; give one of the two"
         )
     return dataclasses.replace(asked, devices=options.devices)
+
+
+def _of_run(folder: Path) -> tuple[int, str]:
+    """Vocabulary and type of the products of a run in that folder, or what is usual."""
+    if not (folder / "config.yaml").is_file():
+        return VOCABULARY, "bfloat16"
+    settings, vocab_size = read_settings(str(folder)), None
+    if (folder / "hardware.json").is_file():
+        vocab_size = measured_vocabulary(Hardware.load(folder / "hardware.json"), settings)
+    return vocab_size or VOCABULARY, settings.model.dtype
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,10 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--kv-len", type=int, default=1024, help="cached tokens that a decode step reads")
     add("--tokens", type=int, default=1024, help="tokens of a prompt or of a packed row")
     add("--steps", type=int, default=1, help="decode steps in one program")
-    add("--dtype", default="bfloat16", help="type of products, rollout weights and cache")
+    add(
+        "--dtype",
+        help="type of products, rollout weights and cache (default: a run's own, else bfloat16)",
+    )
     add("--remat", default="none", choices=["none", "block"], help="what backward recomputes")
     add("--chunk-tokens", type=int, default=4096, help="tokens whose logits exist at once")
-    add("--vocab-size", type=int, default=128, help="for a run whose policy starts from scratch")
+    add(
+        "--vocab-size",
+        type=int,
+        help=f"of a policy from scratch (default: what its run measured, else {VOCABULARY})",
+    )
     add("--sweep", metavar="NAME=A..B", help=f"one of {', '.join(SWEEPABLE)}; or NAME=1,8,64")
     add("--svg", type=Path, help="write the sweep's curves to this file")
     add("--json", action="store_true", help="machine-readable output")
@@ -173,7 +200,7 @@ def _print_answer(question: Question, seen: Answer, console: Console) -> None:
         where += f" on {seen.placement.nodes} nodes of {seen.placement.per_node}"
     console.print(f"{question.phase} on {where} ({known}), {mesh}")
     table = Table(box=None, pad_edge=False, show_header=False)
-    held = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.2f}" for k, v in seen.memory_bytes.items())
+    held = ", ".join(f"{k.replace('_', ' ')} {v / GIB:.3g}" for k, v in seen.memory_bytes.items())
     rows = [
         ("expected", f"{si(p.expected_s, 's')}, bound by {p.bound}"),
         ("tuned kernels", _interval(seen)),
@@ -186,7 +213,7 @@ def _print_answer(question: Question, seen: Answer, console: Console) -> None:
                       f"{seen.critical_intensity:.3g}"),
         ("MFU, MBU", f"{seen.mfu:.1%}, {seen.mbu:.1%}"),
         ("tokens", f"{si(seen.tokens_per_s)}/s" if seen.tokens_per_s else "-"),
-        ("memory per device", f"{sum(seen.memory_bytes.values()) / GIB:.2f} of "
+        ("memory per device", f"{sum(seen.memory_bytes.values()) / GIB:.3g} of "
                               f"{hardware.hbm_bytes / GIB:.1f} GiB: {held}"),
     ]  # fmt: skip
     if question.pipeline > 1:

@@ -24,6 +24,7 @@ from roofline.phases import Phase
 from roofline.predict import predict
 from roofline.question import PHASES, Question, parse_sweep, resized
 from roofline.serving import UNCALIBRATED_SPREAD
+from roofline.settings import model_of, read_settings, workload_of
 from roofline.what_if import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,24 @@ def test_models_and_hardware_are_found_by_name_file_and_run_folder(tmp_path: Pat
     assert (seen.width, seen.num_layers, seen.vocab_size) == (64, 3, 77)
     assert find_hardware(str(tmp_path)) == datasheet("l4")
     assert find_hardware(str(tmp_path / "hardware.json")) == datasheet("l4")
+
+
+def test_a_run_folder_brings_its_own_type_and_vocabulary(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text("model: {width: 64, dtype: float32}\n")
+    settings = read_settings(str(tmp_path))
+    measured_for = {
+        "model": dataclasses.asdict(model_of(settings, 14)),
+        "workload": dataclasses.asdict(workload_of(settings)),
+    }
+    run = dataclasses.replace(datasheet("l4"), measured_for=measured_for)
+    run.save(tmp_path / "hardware.json")
+    words = ["--model", str(tmp_path), "--hardware", str(tmp_path), "--json"]
+    main(words)
+    asked = json.loads(capsys.readouterr().out)["question"]
+    assert (asked["model"]["vocab_size"], asked["dtype"]) == (14, "float32")
+    main([*words, "--vocab-size", "99", "--dtype", "bfloat16"])
+    asked = json.loads(capsys.readouterr().out)["question"]
+    assert (asked["model"]["vocab_size"], asked["dtype"]) == (99, "bfloat16")
 
 
 def test_without_a_calibration_this_machine_is_refused(monkeypatch, tmp_path: Path) -> None:
