@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import DTypeLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from jaxrl.algorithms.advantages import group_advantages, selected_samples
 from jaxrl.algorithms.aggregation import token_weights
@@ -257,18 +257,22 @@ def _sequence(
     group: RolloutGroup, g: int, position: int, advantage: float, weight: float, reward: float
 ) -> TrainSequence:
     """Sample g of the group at `position`; every generated token has loss."""
-    completion = group.rollouts[g].completion
-    prompt = np.asarray(group.prompt.tokens, dtype=np.int32)
-    size = len(completion.tokens)
-    mask = np.concatenate([np.zeros(len(prompt), bool), np.ones(size, bool)])
+    completion, prompt = group.rollouts[g].completion, group.prompt.tokens
+    start, size = len(prompt), len(prompt) + len(completion.tokens)
+
+    def of_completion(values: ArrayLike, dtype: DTypeLike) -> np.ndarray:
+        whole = np.zeros(size, dtype)
+        whole[start:] = values
+        return whole
+
+    tokens = of_completion(completion.tokens, np.int32)
+    tokens[:start] = prompt
     return TrainSequence(
-        tokens=np.concatenate([prompt, completion.tokens]).astype(np.int32),
-        loss_mask=mask,
-        sampler_logprobs=np.concatenate(
-            [np.zeros(len(prompt), np.float32), completion.sampler_logprobs]
-        ).astype(np.float32),
-        advantages=np.where(mask, np.float32(advantage), np.float32(0)),
-        token_weights=np.where(mask, np.float32(weight), np.float32(0)),
+        tokens=tokens,
+        loss_mask=of_completion(True, np.bool_),
+        sampler_logprobs=of_completion(completion.sampler_logprobs, np.float32),
+        advantages=of_completion(advantage, np.float32),
+        token_weights=of_completion(weight, np.float32),
         group=position,
         reward=reward,
     )

@@ -33,7 +33,7 @@ class RunRecord:
     def consume(self, groups: Sequence[RolloutGroup], version: int) -> list[int]:
         """Count the samples that weights `version` are about to learn from; returns their staleness."""
         staleness = [
-            version - int(rollout.completion.versions.min())
+            version - rollout.completion.oldest_version
             for group in groups
             for rollout in group.rollouts
         ]

@@ -69,9 +69,19 @@ class Completion:
 
     tokens: np.ndarray  # [T] int32, the stop token included
     sampler_logprobs: np.ndarray  # [T] float32, of the distribution actually sampled from
-    versions: np.ndarray  # [T] int32, weight version that produced each token
+    versions: np.ndarray  # [T] int32, weight version that produced each token; never falls
     finish: Finish
     sample_index: int
+
+    @property
+    def oldest_version(self) -> int:
+        """Weights that sampled its first token."""
+        return int(self.versions[0])
+
+    @property
+    def newest_version(self) -> int:
+        """Weights that sampled its last token."""
+        return int(self.versions[-1])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

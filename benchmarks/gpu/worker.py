@@ -21,6 +21,7 @@ from benchmarks.gpu.phases import Bench, prepare
 from benchmarks.gpu.profile import most_expensive
 from benchmarks.gpu.protocol import ERROR_CHARACTERS, Answer, connect, told
 from jaxrl.attention import Table
+from jaxrl.collector import settled
 from jaxrl.devices import remember_programs
 from roofline.calibrate import calibrate
 from roofline.datasheets import datasheet_of_device
@@ -64,7 +65,7 @@ def run_case(
         )
     try:
         prepared = make(bench, case)
-        with closing(prepared):
+        with closing(prepared), settled():
             if profiled:
                 return {"status": "done", "kernels": _profile(prepared, dump)}
             assert hardware is not None

@@ -224,14 +224,15 @@ class RewardPool:
         """Counters and latencies so far; latencies are 0 before the first result."""
         with self._lock:
             latencies_s = np.array(self._latencies_s or [0.0])
+            middle_s, most_s = np.quantile(latencies_s, (0.5, 0.9))
             return RewardStats(
                 queue_depth=self._depth,
                 done=self._done,
                 timeouts=self._timeouts,
                 retries=self._retries,
                 errors=self._errors,
-                latency_p50_s=float(np.quantile(latencies_s, 0.5)),
-                latency_p90_s=float(np.quantile(latencies_s, 0.9)),
+                latency_p50_s=float(middle_s),
+                latency_p90_s=float(most_s),
                 latency_max_s=float(latencies_s.max()),
             )
 

@@ -31,6 +31,8 @@ STORY = {
 """Curves repeated under 00_story/, which TensorBoard sorts to the top of its first page."""
 
 
+HISTOGRAM_BINS = "sqrt"
+"""numpy's rule: the root of the number of values. tensorboardX's own takes 2 ms a step for its quantiles."""
 _SHOWN_PHASES = (Phase.DECODE, Phase.TRAIN, Phase.PREFILL, Phase.OPTIMIZER, Phase.PUBLISH)
 
 
@@ -136,7 +138,8 @@ class MetricsWriter:
     def histogram(self, name: str, values: Sequence[float] | np.ndarray, step: int) -> None:
         """Distribution within one step, e.g. completions/length, off_policy/staleness."""
         if self._board is not None and len(values):
-            self._board.add_histogram(_checked_key(name), np.asarray(values, np.float64), step)
+            values = np.asarray(values, np.float64)
+            self._board.add_histogram(_checked_key(name), values, step, bins=HISTOGRAM_BINS)
 
     def text(self, name: str, markdown: str, step: int) -> None:
         """Markdown, e.g. the sampled rollouts of a step or the resolved configuration."""

@@ -153,8 +153,8 @@ def _limits(config: Config, plan: Plan) -> Limits:
 
 def staleness_curves(staleness: Sequence[int], groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Staleness of consumed samples by their oldest token [optimizer steps], and how many span a swap."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    mixed = [r.completion.versions.min() != r.completion.versions.max() for r in rollouts]
+    completions = [rollout.completion for group in groups for rollout in group.rollouts]
+    mixed = [c.oldest_version != c.newest_version for c in completions]
     return {
         "off_policy/staleness_mean": float(np.mean(staleness)),
         "off_policy/staleness_max": float(np.max(staleness)),

@@ -33,8 +33,8 @@ def _record(step: int, group: RolloutGroup, rollout: Rollout) -> dict[str, Any]:
         "correct": bool(reward.correct),
         "tokens": len(completion.tokens),
         "finish": str(completion.finish),
-        "version_min": int(completion.versions.min()),
-        "version_max": int(completion.versions.max()),
+        "version_min": completion.oldest_version,
+        "version_max": completion.newest_version,
     }
 
 
