@@ -33,7 +33,7 @@ from roofline.hardware import Hardware
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
 from roofline.progress import tracked
-from roofline.settings import Settings, model_of, read_settings
+from roofline.settings import Settings, check_rows, model_of, read_settings
 from roofline.splits import (
     Job,
     Split,
@@ -147,18 +147,29 @@ def _least_device_seconds(job: Job, hardware: Hardware, devices: int) -> tuple[f
 
 
 def _nothing_fits(job: Job, hardware: Hardware, devices: int) -> str:
+    model = dataclasses.replace(job.settings.model, remat="block")
+    remade = dataclasses.replace(job, settings=dataclasses.replace(job.settings, model=model))
+    if fits := _fewest(job, hardware, devices + 1):
+        remedy = f"it fits on {fits}"
+    elif remade != job and (fits := _fewest(remade, hardware, devices)):
+        remedy = f"with --model.remat=block it fits on {fits}"
+    else:
+        remedy = (
+            "it fits on no number of them: lower --train.row_tokens or --train.logprob_chunk_tokens, "
+            "or take hardware with more memory"
+        )
+    return f"no split of {devices} x {hardware.name} holds learner and generators; {remedy}"
+
+
+def _fewest(job: Job, hardware: Hardware, least: int) -> int | None:
+    """The fewest devices from `least` on that hold the job, of those that are tried."""
     limit = hardware.node_devices if not hardware.network_bytes_per_s else MOST_DEVICES
-    tried = devices + 1
+    tried = least
     while tried <= limit:
         if colocated(job, hardware, tried, 0) or disjoint(job, hardware, tried, 0):
-            break
+            return tried
         tried = tried + 1 if tried < 8 else (tried // 8 + 1) * 8 if tried < 64 else 2 * tried
-    remedy = (
-        f"it fits on {tried}" if tried <= limit
-        else "it fits on no number of them: set --model.remat=block, lower --train.row_tokens or "
-        "--train.logprob_chunk_tokens, or take hardware with more memory"
-    )  # fmt: skip
-    return f"no split of {devices} x {hardware.name} holds learner and generators; {remedy}"
+    return None
 
 
 # -- command line ----------------------------------------------------------------------------------
@@ -206,7 +217,7 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
         ValueError: something in it does not exist or does not go together.
     """
     settings = read_settings(options.config, words)
-    _check_rows(settings)
+    check_rows(settings)
     hardware = find_hardware(options.hardware, settings)
     limit = settings.rollout.max_new_tokens
     if options.lengths is not None:
@@ -223,23 +234,6 @@ def job_and_hardware(options: argparse.Namespace, words: Sequence[str]) -> tuple
     else:
         model = model_of(settings, vocab_size)
     return Job(model=model, settings=settings, lengths=lengths), hardware
-
-
-def _check_rows(settings: Settings) -> None:
-    """Raises: ValueError for packed rows that do not hold the longest sample, as training would."""
-    train, rollout = settings.train, settings.rollout
-    shared = train.shared_prompts
-    longest, held = settings.max_tokens, train.row_tokens
-    named = "rollout.max_prompt_tokens + rollout.max_new_tokens"
-    least = longest
-    if shared is not None:
-        longest, held = rollout.max_new_tokens, shared.part_tokens(train.row_tokens)
-        named, least = "rollout.max_new_tokens", shared.prompt_tokens + shared.parts * longest
-    if held < longest:
-        raise ValueError(
-            f"train.row_tokens={train.row_tokens} holds {held} tokens of a sample, but {named} = "
-            f"{longest}; set --train.row_tokens={least}"
-        )
 
 
 def _run(options: argparse.Namespace, words: Sequence[str]) -> None:

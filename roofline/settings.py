@@ -317,6 +317,23 @@ def _check_range(key: str, value: Any, hint: Any, where: str) -> None:
         raise ValueError(f"{where}{key}={value} must be a number of at least {least}")
 
 
+def check_rows(settings: Settings) -> None:
+    """Raises: ValueError for packed rows that do not hold the longest sample, as training would."""
+    train, rollout = settings.train, settings.rollout
+    shared = train.shared_prompts
+    longest, held = settings.max_tokens, train.row_tokens
+    named = "rollout.max_prompt_tokens + rollout.max_new_tokens"
+    least = longest
+    if shared is not None:
+        longest, held = rollout.max_new_tokens, shared.part_tokens(train.row_tokens)
+        named, least = "rollout.max_new_tokens", shared.prompt_tokens + shared.parts * longest
+    if held < longest:
+        raise ValueError(
+            f"train.row_tokens={train.row_tokens} holds {held} tokens of a sample, but {named} = "
+            f"{longest}; set --train.row_tokens={least}"
+        )
+
+
 def workload_of(settings: Settings) -> Workload:
     """The shapes at which calibration measures a run's phases."""
     rollout, train = settings.rollout, settings.train

@@ -121,6 +121,20 @@ def test_where_nothing_fits_the_smallest_number_of_devices_that_does_is_named() 
         advise(job(), small, needed - 1)
 
 
+def test_where_only_recomputation_fits_it_is_proposed_with_its_number_of_devices() -> None:
+    long = dataclasses.replace(settings().train, row_tokens=16384)
+    remade = dataclasses.replace(job(), settings=dataclasses.replace(settings(), train=long))
+    model = dataclasses.replace(settings().model, remat="none")
+    kept = dataclasses.replace(remade, settings=dataclasses.replace(remade.settings, model=model))
+    small = dataclasses.replace(H200, hbm_bytes=15e9, node_devices=4, network_bytes_per_s=0.0)
+    with pytest.raises(ValueError, match=r"with --model\.remat=block it fits on (\d)") as refused:
+        advise(kept, small, 2)
+    needed = int(str(refused.value).rsplit(" ", 1)[1])
+    assert advise(remade, small, needed).best.devices == needed
+    with pytest.raises(ValueError, match=r"on no number of them: lower --train\.row_tokens"):
+        advise(kept, dataclasses.replace(small, hbm_bytes=1e9), 2)
+
+
 def test_collectives_beyond_a_node_run_at_the_network_s_rate() -> None:
     slow = dataclasses.replace(H200, network_bytes_per_s=1e9)
     assert advise(job(), slow, 16).best.step_s > advise(job(), H200, 16).best.step_s
