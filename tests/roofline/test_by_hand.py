@@ -49,6 +49,14 @@ def test_a_decode_step_reads_every_weight_and_every_cached_key_once() -> None:
     assert seen.cost.flops == flops
     assert seen.prediction.lower_s == seen.cost.hbm_bytes / 3350e9
     assert seen.mfu == pytest.approx(flops / 989.4e12 / seen.prediction.expected_s)
+    assert seen.mbu == pytest.approx(seen.cost.hbm_bytes / 3350e9 / seen.prediction.expected_s)
+
+
+def test_a_chunk_s_tokens_are_its_steps_times_its_sequences() -> None:
+    seen = answer(ask(steps=16))
+    assert seen.tokens_per_s == 64 * 16 / seen.prediction.expected_s
+    prompts = answer(ask(phase=Phase.PREFILL, batch=4, tokens=512))
+    assert prompts.tokens_per_s == 4 * 512 / prompts.prediction.expected_s
 
 
 def test_tensor_parallel_decode_divides_what_is_read_and_reduces_two_activations_a_layer() -> None:
@@ -128,7 +136,27 @@ def test_a_pipeline_takes_a_turn_for_each_microbatch_and_each_stage_after_the_fi
     hop = H100.link_latency_s + 2 * 2048 * D * BF16 / 450e9
     expected = (8 + 3) * (alone.prediction.expected_s + hop)
     assert seen.prediction.expected_s == pytest.approx(expected)
+    assert seen.prediction.lower_s == pytest.approx((8 + 3) * alone.prediction.lower_s)
     assert seen.turns.idle == 3 / 11
+
+
+def test_training_sends_gradients_back_and_keeps_as_many_microbatches_as_there_are_stages() -> None:
+    sizes = {"batch": 16, "tokens": 512, "pipeline": 4, "microbatches": 8, "fsdp": 1}
+    score, trained = (answer(ask(phase=phase, **sizes)) for phase in (Phase.SCORE, Phase.TRAIN))
+    assert trained.hops_s == 2 * score.hops_s
+    halves = answer(ask(phase=Phase.TRAIN, **sizes, tensor=2))
+    sent = trained.hops_s - 2 * 11 * H100.link_latency_s
+    assert halves.hops_s - 2 * 11 * H100.link_latency_s == pytest.approx(sent / 2)
+    stage = dataclasses.replace(M, num_layers=L // 4)
+    once = answer(ask(phase=Phase.TRAIN, batch=2, tokens=512, model=stage))
+    assert trained.memory_bytes["activations"] == 4 * once.memory_bytes["activations"]
+    few = answer(ask(phase=Phase.TRAIN, **{**sizes, "microbatches": 2, "batch": 4}))
+    assert few.memory_bytes["activations"] == 2 * once.memory_bytes["activations"]
+
+
+def test_a_stage_keeps_of_the_layers_without_rotation_those_that_it_has() -> None:
+    model = dataclasses.replace(M, no_rope_layers=(3, 8, 35))
+    assert ask(model=model, pipeline=4).stage.no_rope_layers == (3, 8)
 
 
 def test_gradients_of_replicas_on_two_nodes_cross_the_network_once_each_way() -> None:

@@ -118,3 +118,11 @@ def test_experts_that_do_not_divide_are_refused_with_the_choices() -> None:
 def test_a_mixture_cannot_be_computed_with() -> None:
     with pytest.raises(ValueError, match="predictions only"):
         layer_table(MIXED)
+
+
+def test_of_the_experts_dealt_to_a_device_those_are_read_that_any_device_s_tokens_choose() -> None:
+    """8 experts, 2 to a token; of 4 devices each has 2 and 3 tokens of its own: 12 choose among the 2."""
+    chosen = MIXED.experts_per_token / MIXED.num_experts
+    held = MIXED.num_experts / 4
+    seen = read_experts(MIXED, Layout(data=4, expert=4), 3)
+    assert seen == pytest.approx(held * (1 - (1 - chosen) ** 12))

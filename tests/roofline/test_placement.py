@@ -47,6 +47,26 @@ def test_groups_beside_each_other_share_a_node_s_egress() -> None:
     assert apart.collective_s(gather("data", 2), H100) == pytest.approx(expected)
 
 
+def test_axes_wider_than_a_node_have_every_device_of_it_beside_each_other() -> None:
+    place = Placement(data=2, fsdp=4, tensor=4, nodes=4)  # 8 groups of 2, one device in each node
+    found = Collective(kind="all-reduce", axis="data", devices=2, array_bytes=1e9)
+    assert place.collective_s(found, H100) == pytest.approx(2 * 1e9 * 8 / 2 / (8 * 50e9))
+
+
+def test_nodes_filled_unevenly_are_as_many_as_are_begun() -> None:
+    place = Placement(fsdp=5, nodes=2)  # 3 and 2
+    assert place.per_node == 3
+    seconds = place.collective_s(gather("fsdp", 5), H100)
+    assert seconds == pytest.approx(gather("fsdp", 5).array_bytes / 2 / (3 * 50e9))
+
+
+def test_a_stage_that_fills_its_node_hands_on_over_the_network() -> None:
+    filling = Placement(tensor=8, pipeline=2, nodes=2)
+    beside = Placement(tensor=4, pipeline=4, nodes=2)
+    for place, rate in ((filling, 50e9), (beside, 450e9)):
+        assert place.hop_s(1e9, H100) == pytest.approx(H100.link_latency_s + 1e9 / rate)
+
+
 def test_of_an_exchange_every_device_sends_its_own_array_at_its_part_of_the_network() -> None:
     place = Placement(data=32, nodes=4)
     found = Collective(kind="all-to-all", axis="expert", devices=32, array_bytes=1e9)
