@@ -272,31 +272,41 @@ def _backward_bytes(
 def _scoring_bytes(
     model: ModelConfig, layout: Layout, rows: int, row_tokens: int, chunk: int
 ) -> float:
-    """What comes and goes in a forward pass: one chunk of logits, or the inside of one layer."""
+    """What comes and goes in a forward pass: over fsdp the embedding as it arrives and as rows are read from
+    it, the inside of one layer, or one chunk of logits."""
     if layout.written_out:
         return scoring_bytes(model, layout, _rows(model, layout, rows, row_tokens, chunk))
-    part = shard(model, layout)
+    part, matrix = shard(model, layout), _copied_matrix(model, layout)
     logits = chunk * part.vocab * FLOAT32_BYTES
     hidden = _local(layout, rows) * row_tokens * part.width * layout.compute_bytes
-    head = _copied_matrix(model, layout) + logits + hidden
-    return float(max(head, _forward_bytes(model, layout, rows, row_tokens)))
+    looked_up = 2 * matrix + hidden if layout.fsdp > 1 else 0
+    head = matrix + logits + hidden
+    return float(max(looked_up, head, _forward_bytes(model, layout, rows, row_tokens)))
 
 
 def _forward_bytes(model: ModelConfig, layout: Layout, rows: int, row_tokens: int) -> float:
-    """The inside of one layer, with its input and the residual, beside the copy of the embedding: the
-    MLP's halves, what an adapter adds to them, and their product; the halves and the gathered weights; or
-    the queries (also rotated), keys, values, heads and scores of attention."""
+    """The inside of one layer, with its input and the residual: the MLP's halves, what an adapter adds to
+    them, and their product; or the queries (also rotated), keys, values, heads and scores of attention."""
     if layout.written_out:
         return forward_bytes(model, layout, _rows(model, layout, rows, row_tokens, 0, prompts=True))
     part, halves = shard(model, layout), (2 if model.gated_mlp else 1) + adapted_halves(model)
     of_tokens = _local(layout, rows) * row_tokens * layout.compute_bytes
     units = _hidden_units(model, layout) * of_tokens
-    gathered = _weight_bytes(model, layout) / 2 if layout.fsdp > 1 else 0.0
     attention = (3 * part.query + 2 * part.kv + _repeated(model, layout)) * of_tokens
     attention += FORWARD_SCORES * _scores(model, layout, rows, row_tokens) * FLOAT32_BYTES
-    inside = max((halves + 1) * units, halves * units + gathered, attention)
-    kept = _copied_matrix(model, layout) if layout.fsdp > 1 else 0
-    return float(inside + 2 * model.width * of_tokens + kept)
+    inside = max((halves + 1) * units, attention) + 2 * model.width * of_tokens
+    return float(inside + (_beside_layers(model, layout) if layout.fsdp > 1 else 0))
+
+
+def _beside_layers(model: ModelConfig, layout: Layout) -> float:
+    """Over fsdp, while layers run forward: the stacks of attention out and of down, whose width is last, laid
+    out anew with it in front, as gathers want it; this device's part of the embedding, cast, for the head;
+    and one layer's weights as gathered, with the next one's."""
+    part, held = shard(model, layout), model.width // layout.fsdp
+    inputs = part.query + part.ffw * max(1, model.num_experts // layout.expert)
+    stacks = model.num_layers * inputs * held * layout.param_bytes
+    cast = 0 if layout.param_dtype == layout.compute_dtype else part.vocab * held
+    return stacks + cast * layout.compute_bytes + _weight_bytes(model, layout)
 
 
 def _repeated(model: ModelConfig, layout: Layout) -> int:

@@ -104,6 +104,20 @@ def test_peak_memory_is_as_planned(phase: Phase, devices: int) -> None:
     assert ratio(compiled(phase, devices), "peak memory") == pytest.approx(1, abs=PLANNED)
 
 
+@pytest.mark.parametrize(("layers", "vocab"), [(28, 2048), (56, 2048), (28, 151936)])
+def test_scoring_over_eight_devices_lays_deep_stacks_out_anew_as_planned(
+    layers: int, vocab: int
+) -> None:
+    made = stage(8)
+    model = replace(made.subject.model, num_layers=layers, vocab_size=vocab)
+    deep = replace(made, subject=replace(made.subject, model=model))
+    executable = compile_program(deep.program(Phase.SCORE))
+    assert ratio(executable, "peak memory") == pytest.approx(1, abs=PLANNED)
+    held = executable.program.resident
+    planned = sum(executable.program.memory.values()) - held
+    assert executable.extra == pytest.approx(planned, rel=2 * PLANNED)
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("phase", [Phase.PREFILL, Phase.DECODE, Phase.SCORE, Phase.TRAIN])
 def test_flops_are_as_predicted(phase: Phase, devices: int) -> None:
