@@ -16,10 +16,12 @@ from roofline.estimate import Estimate, fit_stack
 from roofline.kernel_times import gpu
 from roofline.model_zoo import ZOO
 from roofline.network import Network
+from roofline.operators.collectives import NETWORK_SHARE
 from roofline.training import (
     TRAINING_FACTORS,
     Framework,
     Parallel,
+    Recompute,
     TrainStep,
     model_flops,
     train_step,
@@ -141,6 +143,33 @@ def test_hidden_gathers_cost_less_than_exposed_ones() -> None:
         for share in (0.0, 1.0)
     )
     assert hidden.expected_s < shown.expected_s
+
+
+def test_a_layer_s_weights_are_gathered_twice_and_its_gradients_scattered_once() -> None:
+    step, parallel = TrainStep(global_batch=32, micro_batch=2, seq=1024), Parallel(fsdp=8)
+    seen = train_step(MODEL, H100, parallel, step, framework=Framework(exposed_gathers=1.0))
+    weights = 2.0 * (MODEL.num_layers * MODEL.layer_parameters + MODEL.vocab_size * MODEL.width)
+    gather = H100.collective_s("all_gather", weights, 8)
+    scatter = H100.collective_s("reduce_scatter", weights, 8)
+    assert seen.parts["collectives"] == pytest.approx(2 * (2 * gather + scatter))
+
+
+@pytest.mark.parametrize(("recompute", "sums"), [("none", 4), ("full", 6)])
+def test_tensor_parallel_layers_sum_two_activations_a_pass(recompute: Recompute, sums: int) -> None:
+    step = TrainStep(global_batch=2, micro_batch=2, seq=1024, recompute=recompute)
+    seen = train_step(MODEL, H100, Parallel(tensor=8), step)
+    once = H100.collective_s("all_reduce", 2.0 * 2 * 1024 * MODEL.width, 8)
+    assert seen.parts["collectives"] == pytest.approx(sums * MODEL.num_layers * once)
+
+
+def test_a_sum_crosses_the_network_twice_and_a_gather_once() -> None:
+    network = Network(devices_per_node=1, node_bytes_per_s=50e9)
+    gather, summed = (
+        network.collective_s(H100, kind, 1e9, 4) - 4 * network.hop_s
+        for kind in ("all_gather", "all_reduce")
+    )
+    assert gather == pytest.approx(1e9 * 3 / 4 / (NETWORK_SHARE * 50e9))
+    assert summed == pytest.approx(2 * gather)
 
 
 def test_model_flops_are_six_per_weight_and_token_plus_causal_attention() -> None:
