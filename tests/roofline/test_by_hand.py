@@ -14,11 +14,16 @@ import pytest
 
 from roofline.answer import answer, collectives_of, cost_of
 from roofline.choose import find_model
-from roofline.cost import train
+from roofline.cost import prefill, train
 from roofline.datasheets import datasheet
+from roofline.hardware import Efficiency
+from roofline.kernel_times import gpu
 from roofline.kernels import Layout
-from roofline.phases import Phase
+from roofline.phases import Phase, PhaseCost
+from roofline.predict import predict, stretched
 from roofline.question import Question
+from roofline.serving import decode_step, prefill_step, serving_step
+from roofline.training import Parallel, TrainStep, train_step
 
 H100, A100 = datasheet("h100-sxm"), datasheet("a100-sxm-80gb")
 M = find_model("qwen3-8b", 128)  # untied: an embedding and a head
@@ -187,3 +192,77 @@ def test_a_publication_casts_gathers_and_copies_to_every_replica() -> None:
     seen = cost_of(ask(phase=Phase.PUBLISH, fsdp=8))
     matrices = BF16 * (L * LAYER + 2 * V * D)
     assert seen.link_bytes == matrices * 7 / 8 + (matrices + BF16 * NORMS) * 8 / 8
+
+
+def test_the_expected_time_is_fixed_times_products_streams_and_links() -> None:
+    work = PhaseCost(
+        phase=Phase.TRAIN, flops=1e15, hbm_bytes=4e12, streamed_bytes=1e12, link_bytes=1e11,
+        launches=1000, collectives=10, dispatches=2, dtype="bfloat16",
+    )  # fmt: skip
+    share = Efficiency(compute=0.5, memory=0.8, link=0.4, call_s=1e-3)
+    fixed = 1e-3 + 2 * H100.dispatch_s + 1000 * H100.kernel_s + 10 * H100.link_latency_s
+    products = max(1e15 / 989.4e12 / 0.5, 3e12 / 3350e9 / 0.8)
+    expected = fixed + products + 1e12 / 3350e9 / 0.8 + 1e11 / 450e9 / 0.4
+    assert predict(work, H100, share).expected_s == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("share", "span"), [(0.0, 1.0), (0.5, 1.2), (1.0, 1.5), (2.0, 2.0)])
+def test_beside_lanes_at_work_a_call_advances_at_their_pace(share: float, span: float) -> None:
+    """Alone 1 s, contention 1.5: span M = 1 - share + share / 1.5 of itself done; two lanes: 1 + 2 x 0.5."""
+    assert stretched(1.0, share, 1.5) == pytest.approx(span)
+
+
+def test_chunks_of_logits_change_no_flops_and_weights_are_cast_once_for_each_pass() -> None:
+    whole = cost_of(ask(phase=Phase.TRAIN, batch=8, tokens=4096, fsdp=8))
+    chunked = cost_of(ask(phase=Phase.TRAIN, batch=8, tokens=4096, fsdp=8, chunk_tokens=1024))
+    assert chunked.flops == whole.flops
+    stored, cast = (
+        train(M, Layout(compute_dtype="bfloat16", param_dtype=dtype), 1024, 1)
+        for dtype in ("bfloat16", "float32")
+    )
+    assert cast.hbm_bytes - stored.hbm_bytes == 2 * (F32 + BF16) * M.num_parameters
+
+
+def test_replicas_sum_each_device_s_shard_of_the_gradients() -> None:
+    sizes = {"phase": Phase.TRAIN, "tokens": 1024, "fsdp": 4}
+    one, two = cost_of(ask(**sizes, batch=4)), cost_of(ask(**sizes, batch=8, data=2))
+    gradients = (BF16 * (L * LAYER + V * D) + F32 * V * D) / 4
+    assert two.link_bytes - one.link_bytes == pytest.approx(2 * gradients / 2)
+
+
+def test_tuned_kernels_take_a_chunk_s_steps_and_a_batch_s_microbatches() -> None:
+    once, chunk = answer(ask()).tuned_s, answer(ask(steps=16)).tuned_s
+    assert once is not None
+    assert chunk is not None
+    assert chunk[0] == pytest.approx(16 * once[0])
+    seen = answer(ask(phase=Phase.TRAIN, batch=16, tokens=1024, fsdp=8, microbatches=2)).tuned_s
+    step = TrainStep(global_batch=16, micro_batch=1, seq=1024, dtype="bfloat16")
+    assert seen is not None
+    assert seen[0] == train_step(M, gpu("h100-sxm"), Parallel(fsdp=8), step).expected_s
+
+
+def test_in_a_pipeline_as_many_groups_of_slots_decode_as_there_are_stages() -> None:
+    seen = answer(ask(pipeline=4, batch=64))
+    assert (seen.turns.microbatches, seen.turns.idle) == (4, 0.0)
+    assert answer(ask(pipeline=4, batch=2)).turns.microbatches == 2
+    alone = cost_of(ask(batch=16, model=dataclasses.replace(M, num_layers=L // 4)))
+    assert seen.cost.flops == 4 * alone.flops
+
+
+def test_the_cache_of_a_prompt_is_written_once_and_copied_to_each_of_its_slots() -> None:
+    layout = Layout(compute_dtype="bfloat16", param_dtype="bfloat16", kv_dtype="bfloat16")
+    held = 4 * 64 * L * K * H  # of a prompt of 64 tokens
+    alone, copied = (prefill(M, layout, 4, 64, samples) for samples in (0, 32))
+    assert copied.hbm_bytes - alone.hbm_bytes == 32 * 2 * held
+    longer = prefill(M, layout, 4, 33, 0), prefill(M, layout, 4, 32, 0)
+    values = longer[0].hbm_bytes - longer[1].hbm_bytes
+    assert values > 4 * held / 2  # a block more of the cache, written out for one token more
+
+
+def test_a_step_under_load_is_decode_a_share_of_a_prompt_and_the_host() -> None:
+    device, sizes = gpu("h100-sxm"), {"batch": 64, "prompt_tokens": 512, "new_tokens": 128}
+    seen = serving_step(M, device, **sizes)
+    step = decode_step(M, device, batch=64, kv_len=512 + 128 / 2)
+    prompt = prefill_step(M, device, rows=1, tokens=512)
+    expected = step.expected_s + 64 / 128 * prompt.expected_s + 200e-6
+    assert seen.expected_s == pytest.approx(expected)

@@ -11,7 +11,7 @@ import pytest
 from roofline import cost
 from roofline.closed_form import closed_step_s
 from roofline.datasheets import datasheet
-from roofline.events import Mode
+from roofline.events import Mode, Pipeline
 from roofline.hardware import Hardware
 from roofline.kernels import Layout
 from roofline.lengths import Lengths, lognormal
@@ -20,6 +20,7 @@ from roofline.phases import Phase
 from roofline.plan import advise
 from roofline.predict import LANES, predict
 from roofline.read_run import Run, Span
+from roofline.report.outlook import faster
 from roofline.settings import Settings, read_settings
 from roofline.simulate import pipeline_of, pipeline_of_run
 from roofline.splits import (
@@ -70,6 +71,8 @@ def test_slots_that_are_used_again_are_filled_chunk_by_chunk() -> None:
     assert seen.steady_s == pytest.approx(full)
     last = (256 - 96) / 96 * job.held_steps + job.lengths.expected_max(96)
     assert seen.lockstep_s == pytest.approx(last * seen.decode_step_s + seen.prefill_s)
+    group = job.lengths.expected_max(8) * seen.decode_step_s + seen.prefill_s / 32
+    assert seen.latency_s == pytest.approx(group)
 
 
 def test_verifiers_share_the_samples_of_a_step_and_may_bind_it() -> None:
@@ -107,6 +110,7 @@ def test_the_optimum_gives_each_lane_devices_by_its_work_and_regret_is_counted_f
     short = advise(job_of(lengths=lognormal(2, 0.1, 512)), H200, 4)
     assert seen.optimum_generators > 2 > short.optimum_generators
     assert seen.regret == pytest.approx(seen.best.step_s / seen.optimum_s - 1)
+    assert seen.speedup == seen.synchronous.step_s / seen.asynchronous.step_s
 
 
 @pytest.mark.parametrize(("colocated", "contention"), [(True, 2.0), (False, 1.0)])
@@ -139,3 +143,15 @@ def test_a_replayed_phase_is_freed_of_what_the_other_lane_took(tmp_path: Path) -
         notes=(),
     )  # fmt: skip
     assert pipeline_of_run(run).decode_step_s == pytest.approx(0.005 + 0.005 / 1.5)
+
+
+def test_a_faster_lane_does_all_its_work_faster_and_the_other_none() -> None:
+    base = Pipeline(
+        prompts_per_step=8, group_size=4, slots=32, chunk_steps=8, decode_step_s=0.01, admit_s=0.02,
+        prompt_s=0.03, learner_s=0.5, publish_s=0.06,
+    )  # fmt: skip
+    learner, generators = faster(base, learner=2.0), faster(base, generators=2.0)
+    halved = dataclasses.replace(base, learner_s=0.25, publish_s=0.03)
+    assert learner == halved
+    halved = dataclasses.replace(base, decode_step_s=0.005, admit_s=0.01, prompt_s=0.015)
+    assert generators == halved
