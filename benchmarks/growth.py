@@ -33,7 +33,8 @@ from jaxrl.learner.steps import score
 from jaxrl.rollout.sampling import decode_chunk, empty_slots
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
-from models.decoder import abstract_decoder, prefill, split_layers
+from models.decoder import abstract_decoder, prefill
+from models.fused import split_layers
 from roofline.machine import keep_freed_memory
 
 FLAT, FLAT_MEMORY = 1.10, 1.02

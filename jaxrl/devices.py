@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -12,22 +13,27 @@ from jax.sharding import Mesh
 from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
+from roofline import machine
 from roofline.machine import cache_folder, keep_freed_memory, prefer_wide_vectors
 
 MOST_DEVICES = 256
 """No node has more accelerators, and a CPU that poses as more takes minutes and gigabytes to start."""
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_LONG_S = 0.2
+"""Programs that compile faster leave little behind [seconds]."""
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def start_devices(count: int) -> None:
     """What every program does before jax starts: `count` devices also on a CPU, code for its widest
-    vectors, freed memory and compiled programs kept.
+    vectors, compiled programs and freed memory kept, but for what the compiler frees.
 
     Raises:
         UserError: as `simulate_cpu_devices`.
     """
     prefer_wide_vectors()
     keep_freed_memory()
+    give_back_after_compiling()
     simulate_cpu_devices(count)
     remember_programs()
 
@@ -57,6 +63,18 @@ def remember_programs() -> None:
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@cache
+def give_back_after_compiling() -> None:
+    """From here on give back what `keep_freed_memory` has kept, whenever a long compilation ends: the compiler
+    frees more than the programs of a small model use. Once in a process, for jax calls its listeners for ever."""
+
+    def compiled(event: str, duration_secs: float, **_: Any) -> None:
+        if event == _COMPILED and duration_secs >= _LONG_S:
+            machine.give_back_freed_memory()
+
+    jax.monitoring.register_event_duration_secs_listener(compiled)
 
 
 def make_meshes(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:

@@ -92,6 +92,7 @@ def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shape
         rollout=Layout(
             data=mesh.rollout_data, tensor=mesh.rollout_tensor,
             compute_dtype=dtype, param_dtype=dtype, attention=programs.prompts,
+            copies_weights=not _views(config, model, device),
             **stored_in(config.rollout.stored_dtype(dtype)),
         ),
         num_slots=config.rollout.slots,
@@ -103,6 +104,15 @@ def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shape
         remat=config.model.remat,
         colocated=mesh.colocated,
     )  # fmt: skip
+
+
+def _views(config: Config, model: ModelConfig, device: Any) -> bool:
+    import jax  # noqa: PLC0415
+
+    from models.fused import can_view  # noqa: PLC0415
+
+    device = device or jax.local_devices()[0]
+    return can_view(model, device, config.mesh.rollout_data * config.mesh.rollout_tensor)
 
 
 def _programs(config: Config, model: ModelConfig, device: Any) -> Programs:

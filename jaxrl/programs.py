@@ -27,8 +27,14 @@ from jaxrl.rollout.engine import RolloutEngine
 from models.attention_kernels import lowering_for
 from models.config import ModelConfig
 from models.decoder import abstract_decoder
+from models.fused import fused
 from models.lora import AdaptedDecoder, init_adapter
-from models.sharding import adapter_shardings, batch_sharding, policy_shardings
+from models.sharding import (
+    adapter_shardings,
+    batch_sharding,
+    fused_shardings,
+    policy_shardings,
+)
 from roofline import cost, traffic
 from roofline.kernels import ceil_div
 from roofline.memory import program_memory
@@ -94,6 +100,10 @@ class Stage:
     def snapshot(self) -> Any:
         """The rollout's weights, in the compute type."""
         base = self._weights(self.rollout_mesh, self._dtype)
+        if not self.shapes.rollout.copies_weights:
+            return _placed(
+                jax.eval_shape(fused, base), fused_shardings(self.model, self.rollout_mesh)
+            )
         if self.model.lora is None:
             return base
         return AdaptedDecoder(base=base, adapter=self._adapter(self.rollout_mesh, self._dtype))
@@ -167,11 +177,13 @@ class Stage:
     @property
     def resident(self) -> dict[str, int]:
         """Bytes of one device of each lane between programs: the state with the reference; two
-        snapshots, while a version arrives, the one in use as decode reads it, and the slots. A frozen
-        base is held once by each lane, and once by both where it lies alike on the same devices."""
+        snapshots, while a version arrives, the one in use as decode reads it if that is a copy, and the
+        slots. A frozen base is held once by each lane, and once by both where it lies alike on the same
+        devices."""
         reference = self.learner.needs_reference and self.learner.state.reference is None
         state = local_bytes(self.learner.state) + reference * local_bytes(self.trained)
-        rollout = local_bytes((self.engine[1], self.layers))
+        copied = self.layers if self.shapes.rollout.copies_weights else ()
+        rollout = local_bytes((self.engine[1], copied))
         if self.frozen is None:
             return {"learner": state, "rollout": 2 * local_bytes(self.snapshot) + rollout}
         base, adapter = self.snapshot.base, self.snapshot.adapter

@@ -108,4 +108,4 @@ class Snapshot:
     """Weights as the rollout uses them. Immutable; owns its buffers, so the learner may donate its own."""
 
     version: int
-    policy: Any  # models.decoder.Decoder in compute dtype and rollout sharding
+    policy: Any  # models.decoder.Policy in compute dtype and rollout sharding

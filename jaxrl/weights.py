@@ -11,6 +11,7 @@ A transfer between unlike layouts would silently go through the host; so the res
 jit on the learner's devices, into a layout whose shard indices equal the rollout's. jit also gives the
 snapshot buffers of its own: an eager cast to the same dtype would alias the learner's, which it donates.
 
+A single CPU that samples gets the layers as decode reads them (`models.fused`), so that they are there once.
 Of an adapted policy only the adapter is published. Its frozen base goes over once, with the first version;
 where rollout and learner hold it alike on the same devices it is one set of arrays for both.
 """
@@ -31,12 +32,17 @@ from jaxrl.tracing import num_traces
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
 from models.decoder import Decoder, Policy
+from models.fused import FusedDecoder, can_view, fused
 from models.lora import AdaptedDecoder
-from models.sharding import adapter_shardings, make_mesh, policy_shardings
+from models.sharding import adapter_shardings, fused_shardings, make_mesh, policy_shardings
 
 
-def _cast(policy: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), policy)
+def _cast(arrays: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(lambda x: jnp.array(x, dtype=dtype, copy=True), arrays)
+
+
+def _fused_cast(policy: Decoder, dtype: jnp.dtype) -> FusedDecoder:
+    return fused(_cast(policy, dtype))
 
 
 class WeightStore:
@@ -47,10 +53,12 @@ class WeightStore:
     ) -> None:
         self._dtype = dtype
         self._config, self._meshes = config, (learner_mesh, rollout_mesh)
-        of = policy_shardings if config.lora is None else adapter_shardings
+        cast, of = _cast, policy_shardings if config.lora is None else adapter_shardings
+        if can_view(config, rollout_mesh.devices.flat[0], rollout_mesh.size):
+            cast, of = _fused_cast, fused_shardings
         self._rollout = of(config, rollout_mesh)
         self._cast = jax.jit(
-            partial(_cast, dtype=dtype),
+            partial(cast, dtype=dtype),
             out_shardings=matching_shardings(config, learner_mesh, rollout_mesh, of),
         )
         self._base: Decoder | None = None

@@ -9,7 +9,7 @@ heads per kv head, H head size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,15 +29,8 @@ from models.attention import (
 )
 from models.cache import KEY_BLOCK, KVCache, read_of, replace_start, write_token
 from models.config import ModelConfig
-from models.lora import (
-    AdaptedDecoder,
-    AdaptedLayers,
-    Weight,
-    grown,
-    saves_products,
-    side_by_side,
-    weight_of,
-)
+from models.fused import FusedDecoder, FusedLayer, fused_layer, split_layers
+from models.lora import AdaptedDecoder, AdaptedLayers, saves_products
 from models.parameters import Parameter, outer_table, stacked_layer_table
 from models.prefixes import Prefixes, prefixed_attention
 from models.rows import RowAttention, SharedPrompts
@@ -99,8 +92,9 @@ def _fill(
         setattr(module, name, parameter.init(k, dtype))
 
 
-Policy = Decoder | AdaptedDecoder
-"""Weights, or frozen weights under an adapter: what every function below computes with."""
+Policy = Decoder | AdaptedDecoder | FusedDecoder
+"""Weights, frozen weights under an adapter, or weights as a sampler on a CPU holds them: what every function
+below computes with."""
 
 
 def abstract_decoder(config: ModelConfig, dtype: Any = jnp.float32) -> Decoder:
@@ -143,9 +137,9 @@ def hidden_states(
         attended = attention_in_shared_rows(segment_ids, prefix_ids, shared, attention)
 
     def attend(
-        x: jax.Array, xs: tuple[Layers | AdaptedLayers, jax.Array | None]
+        x: jax.Array, xs: tuple[Layers | AdaptedLayers | FusedLayer, jax.Array | None]
     ) -> tuple[jax.Array, None]:
-        layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
+        layer, rope_on = fused_layer(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         return _after_attention(layer, config, x, attended(q, k, v)), None
 
@@ -169,8 +163,8 @@ def prefill(
     tables = _rope_tables(config, jnp.arange(tokens.shape[1])[None], tokens.shape[1])
     attended = attention_in_prompts(tokens.shape[1], attention)
 
-    def attend(x: jax.Array, xs: tuple[Layers | AdaptedLayers, jax.Array | None]):
-        layer, rope_on = _fuse(xs[0], together=shares_work()), xs[1]
+    def attend(x: jax.Array, xs: tuple[Layers | AdaptedLayers | FusedLayer, jax.Array | None]):
+        layer, rope_on = fused_layer(xs[0], together=shares_work()), xs[1]
         q, k, v = _project(layer, config, x, _switched(tables, rope_on))
         x = _after_attention(layer, config, x, attended(q, k, v))
         return x, (k.swapaxes(1, 2), v.swapaxes(1, 2))
@@ -193,64 +187,6 @@ def recompute(
     if length % KEY_BLOCK and length != cache.max_tokens:
         raise ValueError(f"recompute of {length} tokens: use a multiple of {KEY_BLOCK}")
     return replace_start(cache, *prefill(policy, tokens, dtype=dtype, attention=attention))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FusedLayer:
-    """One layer as it is computed: weights that meet the same input, side by side in one product or
-    apart.
-
-    With few rows a product's time is mostly the reading of its weight, and one wide product reads
-    better than several narrow ones; in backward, tensor-parallel devices then sum one gradient instead
-    of one per weight. Laying them side by side is a copy, which one device spends for nothing when it
-    trains. They lie side by side per kv head and per hidden unit, so that a tensor-parallel device
-    holds what belongs together.
-    """
-
-    attention_norm: jax.Array  # [D]
-    qkv: tuple[Weight, ...]  # [D, K, G + 2, H], or [D, K, G, H] and twice [D, K, 1, H]
-    qkv_bias: tuple[jax.Array, ...] | None  # the same without D
-    q_norm: jax.Array | None  # [H]
-    k_norm: jax.Array | None  # [H]
-    attention_out: Weight  # [K, G, H, D]
-    mlp_norm: jax.Array  # [D]
-    gate_up: tuple[Weight, ...]  # [D, 2, F], or [D, 1, F] each; without a gate only the latter
-    down: Weight  # [F, D]
-
-
-def split_layers(policy: Policy) -> tuple[FusedLayer, ...]:
-    """The layers one by one, ready to compute with: a copy of their parameters."""
-    stacked = policy.layers
-    return tuple(
-        _fuse(jax.tree.map(lambda x, i=i: x[i], stacked), together=True)
-        for i in range(policy.config.num_layers)
-    )
-
-
-def _fuse(layer: Layers | AdaptedLayers, *, together: bool) -> FusedLayer:
-    plain = layer.frozen if isinstance(layer, AdaptedLayers) else layer
-    q, k, v, gate, up = (weight_of(layer, name) for name in ("q", "k", "v", "gate", "up"))
-    qkv = (q, grown(k, 2), grown(v, 2))
-    bias = None
-    if plain.q_bias is not None and plain.k_bias is not None and plain.v_bias is not None:
-        bias = (plain.q_bias, plain.k_bias[:, None], plain.v_bias[:, None])
-    gate_up = tuple(grown(w, 1) for w in (gate, up) if w is not None)
-    if together:
-        qkv = (side_by_side(qkv, 2),)
-        bias = None if bias is None else (jnp.concatenate(bias, axis=1),)
-        gate_up = (side_by_side(gate_up, 1),)
-    return FusedLayer(
-        attention_norm=plain.attention_norm,
-        qkv=qkv,
-        qkv_bias=bias,
-        q_norm=plain.q_norm,
-        k_norm=plain.k_norm,
-        attention_out=weight_of(layer, "attention_out"),
-        mlp_norm=plain.mlp_norm,
-        gate_up=gate_up,
-        down=weight_of(layer, "down"),
-    )
 
 
 def decode_step(

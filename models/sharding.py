@@ -19,7 +19,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from models.activations import ROW_AXES
 from models.config import ModelConfig
-from models.decoder import Decoder, FusedLayer, Policy, abstract_decoder, split_layers
+from models.decoder import Decoder, Policy, abstract_decoder
+from models.fused import FusedDecoder, FusedLayer, split_layers
 from models.lora import AdaptedDecoder, Adapter, adapter_table, init_adapter, merged
 from models.parameters import (
     Parameter,
@@ -117,6 +118,21 @@ def split_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[Fus
         adapter = jax.eval_shape(partial(init_adapter, config), jax.random.key(0))
         policy = AdaptedDecoder(base=policy, adapter=adapter)
     return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(split_layers, policy))
+
+
+def fused_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> FusedDecoder:
+    """A NamedSharding for each array of `fused`: L is not split.
+
+    Raises: ValueError naming the first dimension that its mesh axis does not divide.
+    """
+    plain, one = policy_shardings(config, mesh), split_shardings(config, mesh)[0]
+    return FusedDecoder(
+        config=config,
+        embedding=plain.embedding,
+        layers=jax.tree.map(lambda s: s.update(spec=PartitionSpec(None, *s.spec)), one),
+        final_norm=plain.final_norm,
+        head=plain.head,
+    )
 
 
 def decay_mask(config: ModelConfig) -> Decoder:

@@ -44,6 +44,8 @@ class Layout:
     """Program of attention in packed rows and prompts."""
     kv_scale_bytes: int = 0
     """Bytes of the scale that stands beside the cached key, and the value, of each head and token."""
+    copies_weights: bool = True
+    """Decode reads a copy of the snapshot's matrices; False: it reads the snapshot itself."""
 
     def __post_init__(self) -> None:
         """Refuse sizes and types that mean nothing."""

@@ -88,6 +88,13 @@ def _only_cpu(environment: Mapping[str, str]) -> bool:
     return find_spec("jax_plugins") is None and find_spec("libtpu") is None
 
 
+def give_back_freed_memory() -> None:
+    """With glibc, give back what `keep_freed_memory` has kept so far: for once, as after compiling a program,
+    which takes more memory than the programs of a small model."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def processor() -> str:
     """Name and number of the processors this process may use."""
     name = platform.processor() or platform.machine()

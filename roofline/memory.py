@@ -84,7 +84,8 @@ def memory_per_device(
             sizes["prefixes"] = kv_cache_bytes(model, layout, prefixes.rows, prefixes.tokens)
         vocab = shard(model, layout).vocab
         sizes["step_logits"] = 2 * _local(layout, slots) * vocab * FLOAT32_BYTES
-        sizes["fused_weights"] = _matrix_bytes(model, layout)
+        if layout.copies_weights:
+            sizes["fused_weights"] = _matrix_bytes(model, layout)
     return {name: round(size) for name, size in sizes.items()}
 
 
@@ -123,6 +124,7 @@ def program_memory(
                 every["clipped_gradients"] = every["gradients"]
                 names = (*names, "clipped_gradients")
         case Phase.DECODE:
+            every["fused_weights"] = round(_matrix_bytes(model, layout))
             every["other_weights"] = every["snapshots"] - every["fused_weights"]
             names = ("fused_weights", "other_weights", "kv_cache", "prefixes", "step_logits")
         case Phase.SCORE | Phase.REFERENCE:
@@ -345,7 +347,7 @@ def _weight_bytes(model: ModelConfig, layout: Layout) -> float:
 
 
 def _matrix_bytes(model: ModelConfig, layout: Layout) -> float:
-    """Matrices of all layers, laid side by side for decode: a copy of them."""
+    """Matrices of all layers, laid side by side for decode."""
     part = shard(model, layout)
     matrices = part.width * (2 * part.query + 2 * part.kv)
     matrices += model.mlp_parameters * max(1, model.num_experts) // (layout.tensor * layout.expert)

@@ -22,14 +22,15 @@ from benchmarks.systems.protocol import GREEDY_PROMPTS, GREEDY_TOKENS, Answer, C
 from benchmarks.workload import Workload
 from jaxrl.build import make_learner
 from jaxrl.config import Config, GrpoConfig, RolloutConfig, TrainConfig
+from jaxrl.devices import give_back_after_compiling
 from jaxrl.learner.learner import Learner
 from jaxrl.observe import Observer
 from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.types import Completion, Problem, Prompt, Reward, Rollout, RolloutGroup, Snapshot
-from models.hf import load_policy, read_config
+from models.hf import load_fused, load_policy, read_config
 from models.rows import PrefixRows
-from models.sharding import make_mesh, policy_shardings
+from models.sharding import fused_shardings, make_mesh, policy_shardings
 from roofline.machine import keep_freed_memory, prefer_wide_vectors
 
 CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
@@ -43,6 +44,7 @@ class System:
         self.workload = workload
         prefer_wide_vectors()
         keep_freed_memory()
+        give_back_after_compiling()
         self.model = read_config(workload.checkpoint)
         self.mesh = make_mesh(jax.devices()[:1])
         self.config = Config(
@@ -65,13 +67,20 @@ class System:
         )
         self.engine = self._engine(workload.samples, workload.new_tokens, rows)
         self.tail_engine = self._engine(workload.tail_slots, workload.max_tail_length)
-        self.snapshot = Snapshot(version=0, policy=self._policy())
+        weights = load_fused(
+            workload.checkpoint, self.model, dtype=jnp.float32,
+            shardings=fused_shardings(self.model, self.mesh),
+        )  # fmt: skip
+        self.snapshot = Snapshot(version=0, policy=weights)
         self.streams = itertools.count()
 
     @cached_property
     def learner(self) -> Learner:
         """Made at the first training, so that memory before it is that of a system that only rolls out."""
-        return make_learner(self.config, self.model, self.mesh, self._policy(), Observer())
+        policy = load_policy(
+            self.workload.checkpoint, self.model, shardings=policy_shardings(self.model, self.mesh)
+        )
+        return make_learner(self.config, self.model, self.mesh, policy, Observer())
 
     def step(self) -> Answer:
         """One rollout and one optimizer step on it; with the first, the most memory that rolling out took."""
@@ -147,11 +156,6 @@ class System:
             max_new_tokens=new_tokens, chunk_steps=CHUNK_STEPS, refill_cost_steps=REFILL_COST_STEPS,
             num_stop_ids=1, dtype=jnp.float32, seed=0, observer=Observer(), prefixes=prefixes,
         )  # fmt: skip
-
-    def _policy(self):
-        return load_policy(
-            self.workload.checkpoint, self.model, shardings=policy_shardings(self.model, self.mesh)
-        )
 
     def _requests(
         self, prompts: Iterable[Sequence[int]], new_tokens: int, samples: int | None = None,

@@ -1,8 +1,7 @@
 """Continuous batching over fixed slots: the host side of sampling. Single-threaded; its caller drives it.
 
     submit(request)                 any number of samples of one prompt, queued
-    run_chunk(snapshot)             1 all slots are there if samples wait; the last ones are gathered into
-                                      fewer slots where that pays
+    run_chunk(snapshot)             1 all slots if samples wait; the last ones are gathered into fewer
                                     2 free slots take queued samples; a prompt is prefilled once and its
                                       keys and values are copied to every slot that samples it, or to a row
                                       that these slots share
@@ -55,6 +54,7 @@ from jaxrl.rollout.sampling import (
     admit,
     decode_chunk,
     empty_slots,
+    parts_pay,
     recompute_cache,
     slot_shardings,
     split_slots,
@@ -125,7 +125,7 @@ class RolloutEngine:
             out_shardings=(shardings, self._host),
             compiler_options=decode_options(mesh.devices.flat[0]),
         )
-        self.weights = LaidOut(config, mesh)
+        self.weights = LaidOut(config, mesh, dtype)
         self._idle = jax.jit(
             lambda remaining, freed: jnp.where(freed, 0, remaining),
             out_shardings=shardings.remaining,
@@ -394,5 +394,7 @@ class RolloutEngine:
     def _split_slots(self, steps: int) -> tuple[Slots, Rest]:
         """The slots with as much of the caches as `steps` more tokens of every sequence need, and the rest."""
         alive = self._live.values()
+        if not parts_pay(self._slots.cache, self._devices, self.weights.nbytes):
+            return split_slots(self._slots, self._own_tokens, self.max_prompt_tokens)
         own = max(live.length - live.start for live in alive) + steps
         return split_slots(self._slots, own, max(1, *(live.start for live in alive)))

@@ -20,12 +20,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from models.attention import DecodeAttention
 from models.cache import KVCache, init_cache, insert_prompts, join_cache, split_cache
 from models.config import ModelConfig
-from models.decoder import Decoder, FusedLayer, Policy, decode_step, prefill, recompute
+from models.decoder import Policy, decode_step, prefill, recompute
+from models.fused import FusedLayer
 from models.head import head_logits
 from models.prefixes import Prefixes, fill_rows, init_prefixes, replace_sequences
 from models.rows import PrefixRows, RowAttention
 from models.sharding import cache_shardings
 
+LEAST_CACHE = 0.15
+"""Bytes of the slots' cache, per byte of the weights, from where on decode reads its first parts alone. A
+program for each takes seconds to compile, and memory; below this, steps that read all of it read at most so
+much more."""
 CDF_BLOCK = 32
 """Vocabulary entries per block of the two-level inverse CDF."""
 
@@ -207,7 +212,7 @@ def decode_chunk(
 
 
 def recompute_cache(
-    policy: Decoder,
+    policy: Policy,
     slots: Slots,
     *,
     tokens: int,
@@ -319,6 +324,15 @@ def empty_slots(
 
 Rest = tuple[KVCache, KVCache | None]
 """What `split_slots` leaves: of the slots' own cache, and of the rows that they share."""
+
+
+def parts_pay(cache: KVCache, row_shards: int, weight_bytes: int) -> bool:
+    """Whether programs that read the first parts of this cache are worth their making, beside `weight_bytes`.
+
+    row_shards: devices that divide the slots; those that divide the heads divide the weights too.
+    """
+    held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    return held / row_shards >= LEAST_CACHE * weight_bytes
 
 
 def split_slots(slots: Slots, own: int, shared: int) -> tuple[Slots, Rest]:

@@ -14,7 +14,7 @@ Everything a user can cause raises ValueError.
 """
 
 from models.hf.export import describe_model, described_lora, export_policy
-from models.hf.load import load_policy
+from models.hf.load import load_fused, load_policy
 from models.hf.read import checkpoint_folder, read_config
 from models.hf.save import save_policy
 
@@ -23,6 +23,7 @@ __all__ = [
     "describe_model",
     "described_lora",
     "export_policy",
+    "load_fused",
     "load_policy",
     "read_config",
     "save_policy",

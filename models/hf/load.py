@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from models.config import ModelConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, abstract_decoder
+from models.fused import SIDE_BY_SIDE, FusedDecoder, fused
 from models.hf.names import HFTensor
 from models.hf.read import Stored, checked_tensors, read_config, read_tensor
 from models.parameters import input_dims, outer_table, stacked_layer_table
@@ -29,6 +30,8 @@ PIECE_BYTES = 8 * 2**20
 """Most bytes of a piece, in the dtype it is loaded in; a parameter this small is put together on the
 host."""
 _Bounds = tuple[tuple[int, int], ...]
+_Piece = tuple[tuple[int, ...], np.ndarray]
+"""Where it begins in its array, and its values."""
 
 
 def load_policy(
@@ -48,39 +51,79 @@ def load_policy(
     """
     folder = Path(folder)
     config = read_config(folder) if config is None else config
-    sources: dict[str, list[tuple[HFTensor, Stored]]] = {}
-    for tensor, stored in checked_tensors(folder, config):
-        sources.setdefault(tensor.parameter, []).append((tensor, stored))
+    sources = _sources(folder, config)
     table = outer_table(config) | stacked_layer_table(config)
     placement = {} if shardings is None else parameters_by_name(shardings)
     default = SingleDeviceSharding(jax.devices()[0])
 
     def load(name: str, _: Any) -> jax.Array:
         shape, sharding = table[name].shape, placement.get(name, default)
-        return _assemble(shape, jnp.dtype(dtype), sharding, sources[name])
+        return _assemble(
+            shape, jnp.dtype(dtype), sharding, _of_parameter(sources[name], jnp.dtype(dtype))
+        )
 
     return map_parameters(load, config)
 
 
+def load_fused(
+    folder: Path | str, config: ModelConfig, *, dtype: Any, shardings: FusedDecoder
+) -> FusedDecoder:
+    """As `load_policy`, but laid out as a sampler on one CPU holds it, without its parameters beside it."""
+    sources = _sources(Path(folder), config)
+    table = outer_table(config) | stacked_layer_table(config)
+
+    def load(path: tuple[Any, ...], whole: Any, sharding: Sharding) -> jax.Array:
+        name = next(key.name for key in reversed(path) if hasattr(key, "name"))
+        dim, parts = SIDE_BY_SIDE.get(name, (0, (name,)))
+
+        def pieces() -> Iterator[_Piece]:
+            offset = 0
+            for part in (part for part in parts if part in sources):
+                own = table[part].shape
+                for start, piece in _of_parameter(sources[part], jnp.dtype(dtype)):
+                    if len(own) < len(whole.shape):
+                        start = (*start[:dim], 0, *start[dim:])
+                        piece = np.expand_dims(piece, dim)
+                    yield (*start[:dim], start[dim] + offset, *start[dim + 1 :]), piece
+                offset += own[dim] if len(own) == len(whole.shape) else 1
+
+        return _assemble(whole.shape, jnp.dtype(dtype), sharding, pieces())
+
+    abstract = jax.eval_shape(fused, abstract_decoder(config))
+    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def _sources(folder: Path, config: ModelConfig) -> dict[str, list[tuple[HFTensor, Stored]]]:
+    """By parameter the tensors that it is made of, all of them checked."""
+    sources: dict[str, list[tuple[HFTensor, Stored]]] = {}
+    for tensor, stored in checked_tensors(folder, config):
+        sources.setdefault(tensor.parameter, []).append((tensor, stored))
+    return sources
+
+
+def _of_parameter(sources: list[tuple[HFTensor, Stored]], dtype: np.dtype) -> Iterator[_Piece]:
+    """Pieces of one parameter's tensors."""
+    for tensor, stored in sources:
+        for start, piece in _pieces(tensor, stored, dtype):
+            if tensor.layer is None:
+                yield start, piece
+            else:
+                yield (tensor.layer, *start), piece[None]
+
+
 def _assemble(
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: Sharding,
-    sources: list[tuple[HFTensor, Stored]],
+    shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding, pieces: Iterator[_Piece]
 ) -> jax.Array:
-    """One parameter: each shard filled from the pieces of the parameter's tensors."""
+    """One array: each shard filled from the pieces."""
     devices_of: dict[_Bounds, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = _bounds(() if index is None else index, shape)
         devices_of.setdefault(bounds, []).append(device)
     on_host = math.prod(shape) * dtype.itemsize <= PIECE_BYTES
     shards = [_Shard(devices, bounds, dtype, on_host) for bounds, devices in devices_of.items()]
-    for tensor, stored in sources:
-        for start, piece in _pieces(tensor, stored, dtype):
-            if tensor.layer is not None:
-                start, piece = (tensor.layer, *start), piece[None]
-            for shard in shards:
-                shard.write(start, piece)
+    for start, piece in pieces:
+        for shard in shards:
+            shard.write(start, piece)
     parts = {device: array for shard in shards for device, array in shard.on_devices()}
     return jax.make_array_from_single_device_arrays(
         shape,
@@ -95,9 +138,7 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _pieces(
-    tensor: HFTensor, stored: Stored, dtype: np.dtype
-) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _pieces(tensor: HFTensor, stored: Stored, dtype: np.dtype) -> Iterator[_Piece]:
     """(first index in ours without L, piece in our layout and in `dtype`) of all rows of a tensor.
 
     Rows of the checkpoint's tensor run along one dimension of ours: the first, or, if it is

@@ -23,13 +23,13 @@ from models.compiler_options import decode_options, train_options
 from models.config import ModelConfig
 from models.decoder import (
     Decoder,
-    FusedLayer,
+    Policy,
     abstract_decoder,
     decode_step,
     hidden_states,
     prefill,
-    split_layers,
 )
+from models.fused import FusedLayer, can_view, fused, split_layers
 from models.head import head_logits, target_logprobs
 from models.rows import RowAttention
 from roofline import cost
@@ -113,7 +113,8 @@ class _Maker:
         self.learner = Layout(compute_dtype=kind, kv_dtype=kind, attention=self.rows)
         self.rollout = replace(self.learner, param_dtype=kind)
         self.policy = jax.device_put(random_weights(model), device)
-        self.snapshot = jax.tree.map(lambda x: x.astype(self.dtype), self.policy)
+        cast = jax.tree.map(lambda x: x.astype(self.dtype), self.policy)
+        self.snapshot: Policy = fused(cast) if can_view(model, device, 1) else cast
 
     def decode(self, slots: int, kv_len: int, *, held_out: bool = False) -> Probe:
         steps = self.workload.chunk_steps
@@ -204,7 +205,13 @@ class _Maker:
 
     def publish(self) -> Probe:
         work = cost.publish(self.model, self.learner, self.rollout)
-        cast = jax.jit(partial(jax.tree.map, lambda x: jnp.array(x, dtype=self.dtype, copy=True)))
+        views = can_view(self.model, self.device, 1)
+
+        @jax.jit
+        def cast(policy: Decoder) -> Policy:
+            copy = jax.tree.map(lambda x: jnp.array(x, dtype=self.dtype, copy=True), policy)
+            return fused(copy) if views else copy
+
         others = [d for d in jax.devices(self.device.platform) if d != self.device]
         target = others[0] if others else self.device
 
@@ -244,7 +251,7 @@ def decode_program(
 
 
 def decode_chunk(
-    state: tuple[Any, ...], policy: Decoder, layers: tuple[FusedLayer, ...], key: jax.Array, *,
+    state: tuple[Any, ...], policy: Policy, layers: tuple[FusedLayer, ...], key: jax.Array, *,
     steps: int, kv_len: int, dtype: Any, attention: DecodeAttention,
 ) -> tuple[Any, ...]:  # fmt: skip
     """`steps` sampled tokens for every slot: one uniform per slot and the inverse CDF. layers: those of

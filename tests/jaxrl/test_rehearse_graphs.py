@@ -24,7 +24,8 @@ from jaxrl.tasks import make_task
 from jaxrl.tokenizer import CharTokenizer
 from models.attention_kernels import lowering_for
 from models.cache import KVCache, init_cache
-from models.decoder import abstract_decoder, split_layers
+from models.decoder import abstract_decoder
+from models.fused import split_layers
 from roofline.calibrate.programs import decode_program
 from roofline.model_zoo import find_model
 from roofline.phases import Phase

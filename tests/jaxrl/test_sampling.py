@@ -14,9 +14,18 @@ import pytest
 
 from jaxrl.observe import Observer
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
-from jaxrl.rollout.sampling import decode_chunk, empty_slots, inverse_cdf, processed_scores
+from jaxrl.rollout.sampling import (
+    LEAST_CACHE,
+    decode_chunk,
+    empty_slots,
+    inverse_cdf,
+    parts_pay,
+    processed_scores,
+)
+from jaxrl.tracing import num_traces
 from jaxrl.types import Completion, Finish, Snapshot
-from models.decoder import Decoder, abstract_decoder, hidden_states, split_layers
+from models.decoder import Decoder, abstract_decoder, hidden_states
+from models.fused import fused, split_layers
 from models.head import target_logprobs
 from models.sharding import make_mesh
 
@@ -184,6 +193,46 @@ def test_weights_are_laid_out_for_decoding_once_per_version(tiny_policy: Decoder
     engine.run_chunk(Snapshot(version=1, policy=tiny_policy))
     assert engine.is_idle
     assert engine.weights.layers == ()  # the evaluation's engine waits most of the time
+
+
+def test_weights_that_lie_as_decode_reads_them_make_the_same_samples(
+    tiny_policy: Decoder, sampled: dict[tuple[int, int], Completion]
+) -> None:
+    engine = make_engine(tiny_policy)
+    stored = fused(tiny_policy)
+    again = sample_all(engine, stored, 5, 4)
+    for name, one in sampled.items():
+        np.testing.assert_array_equal(again[name].tokens, one.tokens)
+        np.testing.assert_allclose(
+            again[name].sampler_logprobs, one.sampler_logprobs, atol=SAME_GRAPH_ATOL
+        )
+    engine.free()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(stored))
+
+
+def test_a_small_cache_is_read_whole_by_one_program(tiny_policy: Decoder) -> None:
+    """Programs for its parts are made where they leave out much of what a step reads."""
+    cache = empty_slots(
+        tiny_policy.config, num_slots=4, max_tokens=128, num_stop_ids=1, cache_dtype=jnp.float32,
+        attention="blocks",
+    ).cache  # fmt: skip
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert parts_pay(cache, 1, round(held / LEAST_CACHE))
+    assert not parts_pay(cache, 1, round(held / LEAST_CACHE) + 10)
+    assert not parts_pay(cache, 2, round(held / LEAST_CACHE))
+
+
+@pytest.mark.parametrize(("larger", "programs"), [(1, 2), (1000, 1)])
+def test_a_slot_that_grows_meets_a_program_per_part_of_a_large_cache_alone(
+    tiny_policy: Decoder, larger: int, programs: int
+) -> None:
+    engine = make_engine(tiny_policy, num_slots=1, max_new_tokens=56, chunk_steps=16)
+    engine.weights.nbytes *= larger
+    params = SamplingParams(max_new_tokens=56, stop_ids=())
+    engine.submit(Request(stream=0, prompt=(2, 3), sample_indices=(0,), params=params))
+    while not engine.is_idle:
+        engine.run_chunk(Snapshot(version=0, policy=tiny_policy))
+    assert num_traces(engine.programs["decode"]) == programs
 
 
 def test_an_engine_that_is_freed_holds_nothing(tiny_policy: Decoder) -> None:

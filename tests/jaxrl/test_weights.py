@@ -1,16 +1,22 @@
 """Publication: between unlike meshes, without the host, two buffers at most, buffers of its own."""
 
 import gc
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxrl.rollout.laid_out import LaidOut
 from jaxrl.weights import WeightStore
-from models.config import ModelConfig
+from models.config import Lora, ModelConfig
 from models.decoder import Decoder
+from models.fused import can_view, fused, split_layers
 from models.sharding import init_sharded, make_mesh, policy_shardings
+
+ALIGNED = 64
+"""Bytes; XLA copies an array that begins elsewhere, as the second scale of a norm over 8 numbers does."""
 
 
 def make_store(
@@ -46,7 +52,9 @@ def test_what_arrives_equals_what_was_sent(
         )  # fmt: skip
     store, policy = make_store(tiny_model, learner, rollout)
     arrived = store.publish(1, policy).policy
-    for sent, got in zip(jax.tree.leaves(policy), jax.tree.leaves(arrived), strict=True):
+    expected = fused(policy) if rollout == (1, 1) else policy  # one CPU samples from one copy
+    assert jax.tree.structure(arrived) == jax.tree.structure(expected)
+    for sent, got in zip(jax.tree.leaves(expected), jax.tree.leaves(arrived), strict=True):
         np.testing.assert_array_equal(np.asarray(sent), np.asarray(got))
         assert got.sharding.device_set.isdisjoint(sent.sharding.device_set)
 
@@ -103,3 +111,35 @@ def test_sampling_before_anything_was_published_is_an_error(tiny_model: ModelCon
     store, _ = make_store(tiny_model, (1, 1, 1), (1, 1))
     with pytest.raises(RuntimeError, match="no weights"):
         store.current()
+
+
+def test_on_one_cpu_the_rollout_reads_the_weights_where_they_arrived(
+    tiny_model: ModelConfig,
+) -> None:
+    """One copy of the weights and no second one laid out for decoding; a new version is not written over it."""
+    store, policy = make_store(tiny_model, (1, 1, 1), (1, 1))
+    mesh = make_mesh(jax.devices()[1:2])
+    weights = LaidOut(tiny_model, mesh, jnp.float32)
+    store.publish(0, policy)
+    snapshot = store.current()
+    stack, layers = snapshot.policy.layers, weights.of(snapshot)
+    for i, layer in enumerate(layers):
+        for whole, part in zip(jax.tree.leaves(stack), jax.tree.leaves(layer), strict=True):
+            inside = part.unsafe_buffer_pointer() - whole.unsafe_buffer_pointer()
+            assert inside == i * part.nbytes or part.nbytes % ALIGNED
+    store.publish(1, jax.tree.map(lambda x: x + 1, policy))
+    for ours, plain in zip(
+        jax.tree.leaves(layers), jax.tree.leaves(split_layers(policy)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, plain)
+    weights.drop()
+    assert not jax.tree.leaves(stack)[0].is_deleted()
+
+
+def test_only_a_single_cpu_without_an_adapter_reads_a_snapshot_itself(
+    tiny_model: ModelConfig,
+) -> None:
+    assert can_view(tiny_model, jax.devices()[0], 1)
+    assert not can_view(tiny_model, jax.devices()[0], 2)
+    adapted = replace(tiny_model, lora=Lora(rank=2, alpha=2.0, targets=("q",)))
+    assert not can_view(adapted, jax.devices()[0], 1)

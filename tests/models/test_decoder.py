@@ -18,7 +18,8 @@ from models.cache import (
     split_cache,
 )
 from models.config import ModelConfig
-from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute, split_layers
+from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute
+from models.fused import split_layers
 
 F32_ATOL = 1e-5  # hidden states are of order 1; sums of up to 48 float32 terms in another order
 BF16_ATOL = 0.15  # 8 bits of mantissa through three layers; hidden states reach about 3

@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from models.config import ModelConfig, RopeScaling
 from models.decoder import hidden_states
+from models.fused import fused
 from models.head import head_logits
-from models.hf import load, load_policy, read_config, save_policy
-from models.sharding import make_mesh, map_parameters, policy_shardings
+from models.hf import load, load_fused, load_policy, read_config, save_policy
+from models.sharding import fused_shardings, make_mesh, map_parameters, policy_shardings
 
 F32 = jnp.float32
 LOGIT_ATOL = 2e-5  # float32 against float64 numpy; logits are of order 3
@@ -132,6 +133,16 @@ def test_a_saved_policy_loads_back_bitwise(family, tmp_path):
     save_policy(policy, tmp_path)
     assert read_config(tmp_path) == policy.config
     assert equal(load_policy(tmp_path), policy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_load_as_a_sampler_holds_them(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "PIECE_BYTES", 600)
+    policy = make(FAMILIES[family])
+    save_policy(policy, tmp_path)
+    places = fused_shardings(policy.config, make_mesh(jax.devices()[:1]))
+    loaded = load_fused(tmp_path, policy.config, dtype=F32, shardings=places)
+    assert equal(loaded, fused(policy))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "smollm3"])

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from models.cache import init_cache, insert_prompts
 from models.config import Lora, ModelConfig
-from models.decoder import Decoder, decode_step, hidden_states, prefill, split_layers
+from models.decoder import Decoder, decode_step, hidden_states, prefill
+from models.fused import split_layers
 from models.head import target_logprobs
 from models.sharding import (
     adapt,
