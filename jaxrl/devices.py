@@ -67,8 +67,8 @@ def remember_programs() -> None:
 
 @cache
 def give_back_after_compiling() -> None:
-    """From here on give back what `keep_freed_memory` has kept, whenever a long compilation ends: the compiler
-    frees more than the programs of a small model use. Once in a process, for jax calls its listeners for ever."""
+    """From here on give back what `keep_freed_memory` has kept whenever a long compilation ends: the compiler
+    frees more than programs of a small model use. Once in a process: jax calls its listeners for ever."""
 
     def compiled(event: str, duration_secs: float, **_: Any) -> None:
         if event == _COMPILED and duration_secs >= _LONG_S:

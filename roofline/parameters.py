@@ -52,6 +52,11 @@ def num_arrays(model: ModelConfig) -> int:
     return _layer_arrays(model) + 2 + (0 if model.tied_embeddings else 1)
 
 
+def joined_arrays(model: ModelConfig) -> int:
+    """Arrays that there are fewer where q, k and v lie side by side, their biases, and gate and up."""
+    return 2 + (1 if model.gated_mlp else 0) + (2 if model.qkv_bias else 0)
+
+
 def _layer_arrays(model: ModelConfig) -> int:
     """Two norms, the matrices, and the optional head norms and biases."""
     return 2 + _layer_matrices(model) + (2 if model.qk_norm else 0) + (3 if model.qkv_bias else 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from models.config import ModelConfig
 from roofline import traffic
 from roofline.kernels import FLOAT32_BYTES, Layout, Work, as_cost, passes
-from roofline.parameters import trained_arrays, trained_parameters
+from roofline.parameters import joined_arrays, trained_arrays, trained_parameters
 from roofline.phases import Phase, PhaseCost
 from roofline.traffic import as_work
 
@@ -38,8 +38,10 @@ def reshard(model: ModelConfig, learner: Layout, rollout: Layout) -> PhaseCost:
 
 def _resharding(model: ModelConfig, learner: Layout, rollout: Layout) -> Work:
     """A gather puts device after device; so what is split along an inner dimension, as widths are, arrives
-    with it in front, and is read and written once more to be laid out as it was."""
+    with it in front, and is read and written once more to be laid out as it was. What a rollout on one CPU
+    reads side by side is written as one array."""
     arrays, held = trained_arrays(model), trained_parameters(model, learner)
+    arrays -= 0 if rollout.copies_weights else joined_arrays(model)
     stored = FLOAT32_BYTES if model.lora else learner.param_bytes
     work = passes(held, stored, arrays) + passes(held, rollout.param_bytes, 0)
     gathers = traffic.publication(model, learner, rollout)
