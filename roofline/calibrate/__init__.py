@@ -11,9 +11,11 @@ much the other lane and the verifiers slow each phase. A datasheet gives the pea
 elsewhere the best measured rate is the peak.
 
 Rules: all is compiled before anything is timed; the programs run in turn, round after round, so
-that a disturbance hits each of them; the lower quartile of the rounds counts, and rounds go on while
-they disagree; a calibration made while other programs were at work says so and is not kept; chains
-run inside one program; what a program replaces is donated (fresh buffers cost page faults on a CPU).
+that a disturbance hits each of them, and in another order each time, so that each meets several
+states of the caches; the lower quartile of the rounds counts, and rounds go on while they disagree;
+peaks are measured before and after the programs, and the better ones count; a calibration made while
+other programs were at work says so and is not kept; chains run inside one program; what a program
+replaces is donated (fresh buffers cost page faults on a CPU).
 The only part of `roofline` that imports jax.
 """
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from models.config import ModelConfig
-from roofline.calibrate.micro import measure_device, versions
+from roofline.calibrate.micro import measure_device, measure_rates, versions, with_better
 from roofline.calibrate.programs import Probe, lane_mate, probes
 from roofline.calibrate.progress import stages
 from roofline.calibrate.timing import Device, Run, Timing, in_turn, seconds, timed
+from roofline.datasheets import datasheet_of_device
 from roofline.fit import Sample, fit_all, fit_lanes, held_out_ratios
 from roofline.hardware import Hardware
 from roofline.machine import Workload, busy_core_s, cache_file, own_s, usable_cores
@@ -99,6 +100,9 @@ def calibrate(
         made, left_out = _compile(wanted, begin + COMPILE_SHARE * budget_s)
         say("programs")
         timings = in_turn([run for _, run in made], begin + budget_s)
+        if datasheet_of_device(devices[0].device_kind) is None:
+            again = measure_rates(devices[0], model, workload)
+            hardware = with_better(hardware, again, workload.dtype)
         hardware = dataclasses.replace(
             _with_programs(hardware, made, timings),
             measured_for=_plain({"model": model, "workload": workload}),

@@ -44,16 +44,11 @@ def versions(device: Device) -> dict[str, str]:
 
 def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Workload) -> Hardware:
     """Peaks (of a known GPU: its datasheet's), fixed times and general shares of devices[0]."""
-    device, dtype = devices[0], jnp.dtype(workload.dtype)
+    device = devices[0]
     with jax.default_device(device):
         dispatch_s, kernel_s = _dispatch_s(), _kernel_s()
-        bytes_per_s = _bytes_per_s(device.platform)
-        rates = [
-            product_rate(rows, model.width, model.ffw_size, dtype, device)
-            for rows in (workload.slots, workload.rows * workload.row_tokens)
-        ]
-        best = max(*rates, product_rate(1024, 1024, 1024, dtype, device))
-    latency_s, link_bytes_per_s = _link(devices, bytes_per_s)
+    rates = measure_rates(device, model, workload)
+    latency_s, link_bytes_per_s = _link(devices, rates.bytes_per_s)
     exchanged = _collectives(devices)
     exchanged_bytes_per_s, said = link_bytes_per_s, ()
     if exchanged:
@@ -68,9 +63,9 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
     if sheet is None:
         sheet = Hardware(
             name=f"{device.device_kind}: {processor()}",
-            peak_flops_per_s={"float32": best, "bfloat16": best},
+            peak_flops_per_s=dict.fromkeys(("float32", "bfloat16"), rates.best_flops_per_s),
             hbm_bytes=host_memory_bytes() / len(devices),
-            hbm_bytes_per_s=bytes_per_s,
+            hbm_bytes_per_s=rates.bytes_per_s,
             link_bytes_per_s=link_bytes_per_s,
             dispatch_s=dispatch_s,
             kernel_s=kernel_s,
@@ -79,8 +74,8 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
             ),
         )
     reached = Efficiency(
-        compute=min(1.0, statistics.median(rates) / sheet.peak(workload.dtype)),
-        memory=min(1.0, bytes_per_s / sheet.hbm_bytes_per_s),
+        compute=min(1.0, rates.flops_per_s / sheet.peak(workload.dtype)),
+        memory=min(1.0, rates.bytes_per_s / sheet.hbm_bytes_per_s),
         link=min(1.0, exchanged_bytes_per_s / sheet.link_bytes_per_s),
     )
     return dataclasses.replace(
@@ -94,6 +89,46 @@ def measure_device(devices: Sequence[Device], model: ModelConfig, workload: Work
         source=(*sheet.source, "shares and fixed times: measured by roofline.calibrate", *said),
         date=datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
         versions=versions(device),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """How fast the device computes and moves data at one moment."""
+
+    flops_per_s: float
+    """Median of products at the model's shapes."""
+    best_flops_per_s: float
+    """Of these and of a large product."""
+    bytes_per_s: float
+    """Read from and written to memory."""
+
+
+def measure_rates(device: Device, model: ModelConfig, workload: Workload) -> Rates:
+    """Rates of `device` now."""
+    dtype = jnp.dtype(workload.dtype)
+    with jax.default_device(device):
+        bytes_per_s = _bytes_per_s(device.platform)
+        rates = [
+            product_rate(rows, model.width, model.ffw_size, dtype, device)
+            for rows in (workload.slots, workload.rows * workload.row_tokens)
+        ]
+        best = max(*rates, product_rate(1024, 1024, 1024, dtype, device))
+    return Rates(
+        flops_per_s=statistics.median(rates), best_flops_per_s=best, bytes_per_s=bytes_per_s
+    )
+
+
+def with_better(hardware: Hardware, again: Rates, dtype: str) -> Hardware:
+    """The hardware, whose peaks are measured ones, with the rates that are better in `again`: what a machine
+    reached while it served others would be a peak that programs exceed at another moment."""
+    peak, reached = max(hardware.peak(dtype), again.best_flops_per_s), hardware.efficiency
+    flops_per_s = max(reached.compute * hardware.peak(dtype), again.flops_per_s)
+    return dataclasses.replace(
+        hardware,
+        peak_flops_per_s=dict.fromkeys(hardware.peak_flops_per_s, peak),
+        hbm_bytes_per_s=max(hardware.hbm_bytes_per_s, again.bytes_per_s),
+        efficiency=dataclasses.replace(reached, compute=min(1.0, flops_per_s / peak)),
     )
 
 

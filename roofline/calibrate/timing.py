@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,10 @@ class Timing:
 def in_turn(runs: Sequence[Run], deadline_s: float) -> list[Timing]:
     """Times of each program, all of them run in turn, until `deadline_s` on time.perf_counter.
 
-    A disturbance of the machine then falls on every program, not on one of them. ROUNDS rounds suffice
-    where they agree; where they do not, more follow after pauses, so that a quiet moment is met. At
-    least MIN_ROUNDS rounds are run whatever the deadline.
+    A disturbance of the machine then falls on every program, not on one of them. Each round has an order of
+    its own: a program finds the caches as the one before it left them, which takes a short one up to a quarter
+    of its time. ROUNDS rounds suffice where they agree; where they do not, more follow after pauses, so that a
+    quiet moment is met. At least MIN_ROUNDS rounds are run whatever the deadline.
     """
     for run in runs:
         run()
@@ -90,7 +92,9 @@ def in_turn(runs: Sequence[Run], deadline_s: float) -> list[Timing]:
             break
         if len(rounds) >= ROUNDS:
             time.sleep(PAUSE_S)
-        rounds.append([timed(run) for run in runs])
+        order = random.Random(len(rounds)).sample(range(len(runs)), len(runs))
+        times = {place: timed(runs[place]) for place in order}
+        rounds.append([times[place] for place in range(len(runs))])
         timings = [
             Timing(seconds=quick(times), spread=quick(times) / min(times))
             for times in zip(*rounds, strict=True)

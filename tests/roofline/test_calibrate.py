@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,7 +19,14 @@ from models.sharding import make_mesh
 from roofline import cost
 from roofline.calibrate import Workload, cached_or_calibrate, calibrate, measure, timing
 from roofline.calibrate import __main__ as command
-from roofline.calibrate.micro import CHAIN_S, _collectives, exchanges, long_enough
+from roofline.calibrate.micro import (
+    CHAIN_S,
+    Rates,
+    _collectives,
+    exchanges,
+    long_enough,
+    with_better,
+)
 from roofline.datasheets import datasheet
 from roofline.fit import Sample, fit_all, fit_phase, held_out_ratios
 from roofline.hardware import Efficiency, Hardware
@@ -132,6 +140,24 @@ def test_every_kind_of_collective_is_measured_by_a_program_that_is_one() -> None
     assert _collectives(devices[:2]) == {}
 
 
+def test_a_peak_measured_in_a_bad_moment_gives_way_to_a_better_one_and_never_the_reverse() -> None:
+    whole = datasheet("h100-sxm")
+    peaks, rate = dict.fromkeys(whole.peak_flops_per_s, 2e11), 5e10
+    first = dataclasses.replace(
+        whole, peak_flops_per_s=peaks, hbm_bytes_per_s=rate, efficiency=Efficiency(compute=0.5)
+    )
+    better = with_better(
+        first, Rates(flops_per_s=3e11, best_flops_per_s=4e11, bytes_per_s=7e10), "float32"
+    )
+    assert better.peak("float32") == better.peak("bfloat16") == 4e11
+    assert better.hbm_bytes_per_s == 7e10
+    assert better.efficiency.compute == 0.75
+    worse = with_better(
+        first, Rates(flops_per_s=9e10, best_flops_per_s=1e11, bytes_per_s=3e10), "float32"
+    )
+    assert worse == first
+
+
 @pytest.fixture(scope="module")
 def calibrated() -> Hardware:
     return calibrate(MODEL, workload=SMALL, devices=jax.devices()[:2], budget_s=60.0)
@@ -220,6 +246,19 @@ def test_a_time_is_what_a_quarter_of_the_calls_agree_on(monkeypatch: pytest.Monk
     (seen,) = timing.in_turn([program], deadline_s=60.0)
     assert seen.calm
     assert seen.seconds == pytest.approx(0.010, rel=0.02)
+
+
+def test_no_program_always_follows_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "timed", lambda run: run() or 0.01)
+    called: list[int] = []
+    runs = [partial(called.append, number) for number in range(4)]
+    seen = timing.in_turn(runs, deadline_s=time.perf_counter() + 60)
+    rounds = [called[at : at + 4] for at in range(4, len(called), 4)]  # the first is the warm-up
+    assert len(seen) == 4
+    assert all(sorted(order) == [0, 1, 2, 3] for order in rounds)
+    for number in range(4):
+        before = {order[order.index(number) - 1] for order in rounds if order[0] != number}
+        assert len(before) > 1
 
 
 def test_rounds_go_on_until_a_quiet_moment(monkeypatch: pytest.MonkeyPatch) -> None:
