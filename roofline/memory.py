@@ -2,7 +2,8 @@
 
 What a compiled program adds to its arguments follows its schedule. In training the layers' activations
 stand while the largest of three things comes and goes: the head's chunk of logits with the gradient of its
-matrix; one layer differentiated beside all gradients; on several devices the sum of that matrix's gradient.
+matrix; one layer differentiated, on several devices beside all gradients; there also the sum of that matrix's
+gradient.
 The sizes are those of the programs that XLA makes of `models` and `jaxrl.learner`;
 tests/jaxrl/test_memory_plan.py compares them with the compiler's own plan.
 Letters: B rows, T tokens, L layers, D width, N query heads, K kv heads, H head size, F ffw, V vocabulary,
@@ -18,7 +19,14 @@ from models.config import ModelConfig
 from models.rows import MAX_SEGMENTS, PrefixRows, scores_at_once
 from roofline.cost import KV_BLOCK_TOKENS, Remat
 from roofline.kernels import FLOAT32_BYTES, Layout, cached_bytes, ceil_div, round_up, shard
-from roofline.moments import Rows, adapted_halves, forward_bytes, scoring_bytes, training_bytes
+from roofline.moments import (
+    Rows,
+    adapted_halves,
+    forward_bytes,
+    gradients_beside,
+    scoring_bytes,
+    training_bytes,
+)
 from roofline.parameters import held_parameters, trained_parameters
 from roofline.phases import Phase
 
@@ -120,9 +128,6 @@ def program_memory(
             names = ("parameters", "adapter", "gradients", "activations", "working")
         case Phase.OPTIMIZER:
             names = ("adapter", "gradients", "optimizer") if model.lora else of_training
-            if layout.written_out:
-                every["clipped_gradients"] = every["gradients"]
-                names = (*names, "clipped_gradients")
         case Phase.DECODE:
             every["fused_weights"] = round(_matrix_bytes(model, layout))
             every["other_weights"] = every["snapshots"] - every["fused_weights"]
@@ -246,7 +251,7 @@ def _training_bytes(
     if layout.fsdp > 1:
         head += _weight_bytes(model, layout) / 2  # backward's first layer arrives meanwhile
     gradients = trained_parameters(model, layout) * FLOAT32_BYTES
-    layer = gradients + _weight_bytes(model, layout)
+    layer = gradients_beside(model, layout, gradients) + _weight_bytes(model, layout)
     layer += _backward_bytes(model, layout, rows, row_tokens, remat)
     if layout.devices > 1 and not model.lora:
         layer += of_matrix

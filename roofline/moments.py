@@ -122,7 +122,7 @@ class Rows:
 
 def training_bytes(model: ModelConfig, layout: Layout, rows: Rows, *, remade: bool) -> float:
     """What comes and goes beside the kept activations: a layer's backward, the head's, or at last the sum of
-    the head's gradient over the devices that share the rows; beside the gradients of the layers so far."""
+    the head's gradient over the devices that share the rows; beside what stands of the layers' gradients."""
     part = shard(model, layout)
     matrix = part.vocab * part.width * FLOAT32_BYTES
     gathered = matrix if layout.fsdp > 1 else 0
@@ -133,13 +133,21 @@ def training_bytes(model: ModelConfig, layout: Layout, rows: Rows, *, remade: bo
     beside += rows.mask_bytes + rows.tokens * model.head_size * FLOAT32_BYTES + gathered
     logits = rows.logit_tokens * part.vocab * FLOAT32_BYTES
     if model.lora:
+        gradients = gradients_beside(model, layout, gradients)
         return gradients + max(layer, beside + ADAPTED_HEAD_LOGITS * logits)
     gradients -= (1 if model.tied_embeddings else 2) * matrix / layout.fsdp
+    gradients = gradients_beside(model, layout, gradients)
     if layout.row_shards == 1:
         return gradients + max(layer, beside + HEAD_LOGITS * logits + matrix)
     head = beside + HEAD_LOGITS * logits + ROWS_SHARE_HEAD * matrix
     summed = beside + ROWS_SHARE_SUM * matrix
     return gradients + max(layer + ROWS_SHARE_LAYER * matrix, head, summed)
+
+
+def gradients_beside(model: ModelConfig, layout: Layout, gradients: float) -> float:
+    """Of one micro-batch's `gradients`, what stands while a layer is differentiated: all on several devices; on
+    one each layer's are added to the sums before the next layer's are made."""
+    return gradients / model.num_layers if layout.devices == 1 else gradients
 
 
 def scoring_bytes(model: ModelConfig, layout: Layout, rows: Rows) -> float:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrl.learner.optimizer import clip_to
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.sharding import policy_shardings
@@ -61,7 +62,8 @@ def values_of(critic: Critic, hidden: jax.Array) -> jax.Array:
     return products + critic.bias[None, None]
 
 
-def critic_adam(*, learning_rate: float, max_grad_norm: float) -> optax.GradientTransformation:
+def critic_adam(
+    *, learning_rate: float, max_grad_norm: float
+) -> optax.GradientTransformationExtraArgs:
     """Adam at a constant rate without decay, the critic's gradient norm clipped by itself (0: not)."""
-    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
-    return optax.chain(clip, optax.adam(learning_rate))
+    return optax.chain(clip_to(max_grad_norm), optax.adam(learning_rate))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from models.config import ModelConfig
@@ -35,16 +37,34 @@ def learning_rate(*, peak: float, warmup_steps: int, steps: int, schedule: str) 
 def adamw(
     config: ModelConfig, rate: optax.Schedule, *, beta1: float, beta2: float, eps: float,
     weight_decay: float, max_grad_norm: float,
-) -> optax.GradientTransformation:  # fmt: skip
+) -> optax.GradientTransformationExtraArgs:  # fmt: skip
     """Clip the global norm to `max_grad_norm` (0: do not), then AdamW (arXiv:1711.05101).
 
+    update takes the gradients' norm, as `clip_to` does.
     Of an adapter every array is a matrix and decays.
     """
     mask: Any = decay_mask(config)
     if config.lora is not None:
         mask = dict.fromkeys(adapter_table(config), True)
-    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm > 0 else optax.identity()
     return optax.chain(
-        clip,
+        clip_to(max_grad_norm),
         optax.adamw(rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=mask),
     )
+
+
+def clip_to(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients times min(1, max_norm / norm) (0: as they are); `update` takes their global norm as `norm`.
+
+    arXiv:1211.5063 section 3.2. One factor for all, so that each reader of a gradient multiplies for itself:
+    optax's own divides each element, which on a CPU leaves a copy of all gradients, and takes the norm again.
+    """
+
+    def update(
+        gradients: Any, state: optax.EmptyState, params: Any = None, *, norm: jax.Array
+    ) -> tuple[Any, optax.EmptyState]:
+        if max_norm <= 0:
+            return gradients, state
+        factor = jnp.minimum(1.0, max_norm / norm)
+        return jax.tree.map(lambda gradient: gradient * factor, gradients), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, cast("Any", update))

@@ -7,6 +7,7 @@ Gradients of micro-batches are summed: the denominators are in the batch's token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from jaxrl.algorithms.loss_metrics import LossMetrics, keep, merge_metrics
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.learner.critic import ActorCritic, values_of
+from models.activations import shares_work
 from models.decoder import Decoder, Policy, hidden_states
 from models.head import target_logprobs
 from models.lora import AdaptedDecoder
@@ -136,8 +138,8 @@ def accumulate_grpo(
         model = whole(trained, frozen)
         return grpo_loss(model, batch, reference_logprobs, forward=forward, grpo=grpo)
 
-    new, seen = jax.grad(loss, has_aux=True)(model)
-    return jax.tree.map(jnp.add, gradients, new), merge_metrics(metrics, seen)
+    gradients, seen = add_gradient(loss, model, gradients)
+    return gradients, merge_metrics(metrics, seen)
 
 
 def accumulate_sft(
@@ -146,11 +148,29 @@ def accumulate_sft(
 ) -> tuple[Any, jax.Array]:  # fmt: skip
     """Add one micro-batch's cross-entropy gradient, in the shape of what is trained, and loss."""
 
-    def loss(trained: Any) -> jax.Array:
-        return sft_loss(score(whole(trained, frozen), batch, forward)[0], batch)
+    def loss(trained: Any) -> tuple[jax.Array, jax.Array]:
+        value = sft_loss(score(whole(trained, frozen), batch, forward)[0], batch)
+        return value, value
 
-    value, new = jax.value_and_grad(loss)(trained)
-    return jax.tree.map(jnp.add, gradients, new), total + value
+    gradients, value = add_gradient(loss, trained, gradients)
+    return gradients, total + value
+
+
+def add_gradient(
+    loss: Callable[[Any], tuple[jax.Array, Any]], trained: Any, gradients: Any
+) -> tuple[Any, Any]:
+    """`gradients` plus the gradient of a loss at `trained`, and what the loss returns beside its value.
+
+    On one device backward adds to the sums where they lie, layer by layer, and the gradient is never there as a
+    whole. On several, which first sum what each has of it, the compiler would sum an adapter's another way.
+    """
+    if shares_work():
+        new, seen = jax.grad(loss, has_aux=True)(trained)
+        return jax.tree.map(jnp.add, gradients, new), seen
+    value, backward, seen = jax.vjp(loss, trained, has_aux=True)
+    sums = jax.tree.map(jax.new_ref, gradients)
+    cast("Any", backward).with_refs(sums)(jnp.ones_like(value))
+    return jax.tree.map(jax.freeze, sums), seen
 
 
 @jax.tree_util.register_dataclass
@@ -183,12 +203,16 @@ def apply_gradients(
     def take(state: TrainState) -> TrainState:
         policy: Any = state.policy  # a pytree; optax's types know only arrays and containers
         if train_policy:
-            updates, new = optimizer.update(cast("Any", of_policy), state.optimizer, policy)
+            update = optax.with_extra_args_support(optimizer).update
+            updates, new = update(cast("Any", of_policy), state.optimizer, policy, norm=norm)
             stepped: Any = optax.apply_updates(policy, updates)
             state = replace(state, policy=stepped, optimizer=new)
         if isinstance(gradients, ActorCritic) and critic_optimizer is not None:
             of_critic: Any = gradients.critic
-            updates, new = critic_optimizer.update(of_critic, state.critic_optimizer, state.critic)
+            update = optax.with_extra_args_support(critic_optimizer).update
+            updates, new = update(
+                of_critic, state.critic_optimizer, state.critic, norm=optax.global_norm(of_critic)
+            )
             state = replace(
                 state, critic=optax.apply_updates(state.critic, updates), critic_optimizer=new
             )

@@ -1,25 +1,32 @@
 """The learner: what splitting, padding, packing and sharding must not change; bad gradients; tracing."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl.batch import Batch
 from jaxrl.config import GrpoConfig
 from jaxrl.errors import UserError
 from jaxrl.learner.learner import Learner
-from jaxrl.learner.optimizer import adamw, learning_rate
-from jaxrl.learner.steps import ForwardSettings
+from jaxrl.learner.optimizer import adamw, clip_to, learning_rate
+from jaxrl.learner.steps import ForwardSettings, add_gradient, score
 from jaxrl.observe import Observer
 from jaxrl.packing import TrainSequence, pack
 from models.config import ModelConfig
+from models.decoder import Decoder
 from models.sharding import init_sharded, make_mesh, policy_shardings
 
 SAME_SUM_RTOL = 2e-4
 """float32 gradients of the same sum in another order, relative to their norm."""
+ROUNDED_RTOL = 1e-6
+"""A few roundings of float32: other programs of the same sums and products."""
+FORWARD = ForwardSettings(dtype=jnp.float32, temperature=1.0, chunk_tokens=32, remat=False)
 
 
 pytestmark = pytest.mark.usefixtures("optax_promotes")
@@ -41,7 +48,7 @@ def make_learner(
         mesh,
         jax.device_put(one, policy_shardings(model, mesh)),
         optimizer,
-        forward=ForwardSettings(dtype=jnp.float32, temperature=1.0, chunk_tokens=32, remat=False),
+        forward=FORWARD,
         grpo=grpo,
         max_nonfinite_steps=2,
         observer=Observer(),
@@ -122,6 +129,38 @@ def test_eight_devices_compute_the_gradient_of_one(
 ) -> None:
     learner = make_learner(tiny_model, devices=8, fsdp=fsdp, tensor=tensor)
     assert_same(gradients(learner, packed()), expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_adding_where_the_sums_lie_gives_the_same_sums(tiny_model: ModelConfig, tied: bool) -> None:
+    model = replace(tiny_model, tied_embeddings=tied)
+    policy = Decoder(model, jax.random.key(0))
+    before = jax.tree.map(lambda x: 0.1 * x, Decoder(model, jax.random.key(1)))
+    batch = packed()[0]
+
+    def loss(policy: Decoder) -> tuple[jax.Array, jax.Array]:
+        logprobs, entropy = score(policy, batch, FORWARD)
+        return jnp.sum(logprobs * batch.token_weights), jnp.sum(entropy)
+
+    got, seen = jax.jit(partial(add_gradient, loss))(policy, before)
+    gradient, expected_seen = jax.jit(jax.grad(loss, has_aux=True))(policy)
+    expected = jax.tree.map(jnp.add, before, gradient)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(mine - theirs) < ROUNDED_RTOL * np.linalg.norm(theirs)
+    np.testing.assert_allclose(seen, expected_seen, rtol=ROUNDED_RTOL)
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_clipping_is_optaxs_and_changes_no_bit_within_the_bound(size: float) -> None:
+    draw = np.random.default_rng(0)
+    gradients = {"a": jnp.asarray(draw.normal(size=(7, 5)), jnp.float32), "b": jnp.ones(3)}
+    norm = optax.global_norm(gradients)
+    gradients = jax.tree.map(lambda x: x * size / norm, gradients)
+    norm = optax.global_norm(gradients)
+    got, _ = clip_to(2.0).update(gradients, optax.EmptyState(), norm=norm)
+    expected, _ = optax.clip_by_global_norm(2.0).update(gradients, optax.EmptyState())
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=ROUNDED_RTOL if size > 2.0 else 0.0)
 
 
 def test_nothing_is_traced_after_the_first_step(tiny_model: ModelConfig) -> None:

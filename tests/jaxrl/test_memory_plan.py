@@ -29,6 +29,8 @@ PLANNED = 0.10
 """Planned over compiled peak memory: the figure that the plan promises."""
 ARGUMENTS = 0.03
 """Batches, counters and slot tables are not planned."""
+NEXT_TO_NOTHING = 0.01
+"""Of the arguments: sums and counters, but no copy of gradients, weights or moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +162,9 @@ def test_every_phase_on_every_mesh_needs_the_planned_memory(case: Case, phase: P
     assert_peak_planned(compiled(case, phase))
 
 
-def test_an_optimizer_step_holds_the_clipped_gradients_beside_its_arguments() -> None:
-    executable = compiled(replace(DENSE, layers=1), Phase.OPTIMIZER)
-    clipped = executable.program.memory["clipped_gradients"]
-    assert executable.memory.temporaries == pytest.approx(clipped, rel=ARGUMENTS)
+def test_an_optimizer_step_holds_nothing_beside_its_arguments() -> None:
+    memory = compiled(replace(DENSE, layers=1), Phase.OPTIMIZER).memory
+    assert memory.temporaries < NEXT_TO_NOTHING * memory.arguments
 
 
 def test_a_training_step_and_its_decode_need_the_planned_memory() -> None:
