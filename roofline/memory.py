@@ -23,6 +23,7 @@ from roofline.moments import (
     Rows,
     adapted_halves,
     forward_bytes,
+    fused_bytes,
     gradients_beside,
     scoring_bytes,
     training_bytes,
@@ -38,7 +39,8 @@ HELD = frozenset({
 FORWARD_SCORES, BACKWARD_SCORES = 2, 3
 """Arrays of them: the scores and the weights; in backward also the gradient."""
 BACKWARD_SHARE, REMADE_SHARE = 1.9, 0.4
-"""Values of one layer in backward, per value of its weight products: gradients and what is always made
+"""Elsewhere than on one GPU with cuDNN's attention (`roofline.moments` counts there): values of one layer in
+backward, per value of its weight products: gradients and what is always made
 again, and more where the products are. Least squares over 22 programs of small models compiled for a CPU
 (float32: 1.7 to 2.5, and 0.9 more) and an H200 (bfloat16: 1.2 to 2.7, and 0.1 more)."""
 HIDDEN_ARRAYS = 4
@@ -251,6 +253,9 @@ def _training_bytes(
     if layout.fsdp > 1:
         head += _weight_bytes(model, layout) / 2  # backward's first layer arrives meanwhile
     gradients = trained_parameters(model, layout) * FLOAT32_BYTES
+    if layout.devices == 1 and not model.lora and layout.attention == "cudnn":
+        sums = tokens * MAX_SEGMENTS * part.heads * FLOAT32_BYTES
+        return max(head, sums + fused_bytes(model, layout, tokens, remade=remat == "block"))
     layer = gradients_beside(model, layout, gradients) + _weight_bytes(model, layout)
     layer += _backward_bytes(model, layout, rows, row_tokens, remat)
     if layout.devices > 1 and not model.lora:

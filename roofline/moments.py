@@ -90,6 +90,14 @@ BACKWARD_BESIDE_ADAPTED = (Moment(units=11, width=5, query=4, kv=6, mlp=2, atten
 BACKWARD_APART_ADAPTED = Moment(units=9, width=4, query=3, kv=5, mlp=2, attention=2)
 """Each half that an adapter changes is the sum of two products."""
 
+BACKWARD_FUSED = (Moment(units=3, width=3, query=8),)
+"""Backward of kept products on one GPU in 16 bits: what cuDNN's attention gives back and what it read."""
+BACKWARD_FUSED_REMADE = (
+    Moment(units=4, width=4, query=5, kv=1, mlp=2, attention=2),
+    Moment(units=3, width=4, query=8, attention=1),
+)  # fmt: skip
+"""The same where the layer is made again: while the MLP is differentiated, and attention."""
+
 HEAD_LOGITS, HEAD_WIDTH = 4, 4
 """Arrays of one chunk's logits in backward, with their gradient and what a product reads of it; and [B, T, D]
 beside them: the head's input and its gradient, as they are and in chunks."""
@@ -173,6 +181,14 @@ def forward_bytes(model: ModelConfig, layout: Layout, rows: Rows) -> float:
     in_blocks = PROJECTED_ONE_HEAD if one_head else PROJECTED_WHOLE
     beside = (HALVES, PROJECTED if rows.at_once else in_blocks) if layout.devices > 1 else ()
     return _largest(model, layout, rows, (hidden, attended, *beside))
+
+
+def fused_bytes(model: ModelConfig, layout: Layout, tokens: int, *, remade: bool) -> float:
+    """Most that stands inside a layer of backward on one GPU, with its rotation's angles; what attention kept
+    for its own backward is left out."""
+    moments = BACKWARD_FUSED_REMADE if remade else BACKWARD_FUSED
+    rows = Rows(tokens=tokens, mask_bytes=0.0, scores=0.0)
+    return _largest(model, layout, rows, moments) / FLOAT32_BYTES * layout.compute_bytes
 
 
 def adapted_halves(model: ModelConfig) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import jax
 import pytest
@@ -102,6 +103,16 @@ def test_what_must_hold_of_an_executable_holds(phase: Phase, devices: int) -> No
 @pytest.mark.parametrize("phase", PHASES)
 def test_peak_memory_is_as_planned(phase: Phase, devices: int) -> None:
     assert ratio(compiled(phase, devices), "peak memory") == pytest.approx(1, abs=PLANNED)
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_a_low_mlp_s_backward_needs_the_planned_memory(remat: Literal["none", "block"]) -> None:
+    made = stage(1)
+    model = replace(made.subject.model, ffw_size=1024, vocab_size=2048)
+    config = replace(made.config, model=replace(made.config.model, remat=remat))
+    low = replace(made, config=config, subject=replace(made.subject, model=model))
+    executable = compile_program(low.program(Phase.TRAIN))
+    assert ratio(executable, "peak memory") == pytest.approx(1, abs=PLANNED)
 
 
 @pytest.mark.parametrize(("layers", "vocab"), [(28, 2048), (56, 2048), (28, 151936)])
