@@ -378,5 +378,5 @@ def publish_case(bench: Bench, case: Case) -> Prepared:
 
     return Prepared(
         once=once, tokens=0, useful=lambda: [work], executed=lambda: [work], facts=facts,
-        programs=("jit__cast",),
+        programs=("jit__cast", "jit__fused_cast"),
     )  # fmt: skip

@@ -142,7 +142,11 @@ def test_a_case_is_measured_beside_its_bound_and_prediction(kind: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "program"),
-    [("prefill", "jit_prefill"), ("optimizer", "jit_apply_gradients"), ("publish", "jit__cast")],
+    [
+        ("prefill", "jit_prefill"),
+        ("optimizer", "jit_apply_gradients"),
+        ("publish", "jit__fused_cast"),
+    ],
 )
 def test_a_profile_names_the_kernels_of_its_phase_that_took_the_time(kind, program) -> None:
     kernels = run_case(TINY, case_of(kind), None, profiled=True)["kernels"]
