@@ -210,7 +210,7 @@ def cost_of(question: Question) -> PhaseCost:
         case Phase.PUBLISH:
             rollout = Layout(
                 data=q.data * q.fsdp, tensor=q.tensor, expert=q.expert, compute_dtype=q.dtype,
-                param_dtype=q.dtype, kv_dtype=q.dtype,
+                param_dtype=q.dtype, kv_dtype=q.dtype, copies_weights=not q.views_snapshots,
             )  # fmt: skip
             return cost.publish(stage, layout, rollout)
         case _:

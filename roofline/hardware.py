@@ -157,6 +157,11 @@ class Hardware:
         """Shares of the peaks for this phase, or the general ones where it was not measured."""
         return self.phase_efficiency.get(phase.value, self.efficiency)
 
+    def views_snapshots(self, devices: int, *, adapted: bool) -> bool:
+        """Whether decode on so many of them reads a published version where it lies, as `models.fused.can_view`
+        says: on a single CPU, and not under an adapter."""
+        return self.devices_share_cores and devices == 1 and not adapted
+
     def contention_of(self, phase: Phase) -> float:
         """How many times longer this phase takes while another lane computes all along."""
         return self.phase_contention.get(phase.value, self.contention)

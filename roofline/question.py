@@ -111,7 +111,14 @@ class Question:
             compute_dtype=self.dtype,
             param_dtype="float32" if self.trains else self.dtype, kv_dtype=self.dtype,
             attention=self.hardware.rows_attention(self.dtype, self.model.head_size),
+            copies_weights=self.trains or not self.views_snapshots,
         )  # fmt: skip
+
+    @property
+    def views_snapshots(self) -> bool:
+        """Whether decode on a stage's devices reads published weights where they lie."""
+        devices = self.data * self.fsdp * self.tensor
+        return self.hardware.views_snapshots(devices, adapted=self.model.lora is not None)
 
 
 def resized(question: Question, sizes: Mapping[str, Any]) -> Question:

@@ -142,6 +142,7 @@ def layouts(job: Job, hardware: Hardware, devices: int, *, learner: bool) -> Ite
     dtype = settings.model.dtype
     attention = settings.rows_attention(hardware, model.head_size, learner=learner)
     cache = stored_in(dtype if learner else settings.rollout.stored_dtype(dtype))
+    views = not learner and hardware.views_snapshots(devices, adapted=model.lora is not None)
     for tensor in _divisors(devices):
         if tensor > MAX_TENSOR or model.num_kv_heads % tensor or model.ffw_size % tensor:
             continue
@@ -151,7 +152,7 @@ def layouts(job: Job, hardware: Hardware, devices: int, *, learner: bool) -> Ite
                 yield Layout(
                     data=rest // fsdp, fsdp=fsdp, tensor=tensor, compute_dtype=dtype,
                     param_dtype="float32" if learner and not model.lora else dtype,
-                    attention=attention, **cache,
+                    attention=attention, copies_weights=not views, **cache,
                 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ SHARED = dataclasses.replace(
     H200, name="test machine", devices_share_cores=False, contention=1.3, calibrated=True,
     phase_efficiency={"decode": Efficiency(compute=0.4, memory=0.5, call_s=1e-3)},
 )  # fmt: skip
+CPU = dataclasses.replace(SHARED, devices_share_cores=True)
 
 
 def quickstart() -> Config:
@@ -104,9 +105,13 @@ def test_a_run_that_began_goes_on_with_the_split_that_it_began_with(
     assert resolved_before(auto) == chosen
 
 
-@pytest.mark.parametrize("hardware", [H200, SHARED], ids=["datasheet", "calibrated"])
+@pytest.mark.parametrize("hardware", [H200, SHARED, CPU], ids=["datasheet", "calibrated", "cpu"])
 @pytest.mark.parametrize("bound", [0, 1])
-def test_plan_predict_and_dry_run_agree(hardware: Hardware, bound: int) -> None:
+def test_plan_predict_and_dry_run_agree(
+    monkeypatch: pytest.MonkeyPatch, hardware: Hardware, bound: int
+) -> None:
+    if hardware is not CPU:  # this process has none of the hardware that it plans for
+        monkeypatch.setattr("models.fused.can_view", lambda *_: False)
     config = quickstart()
     limit = config.rollout.max_new_tokens
     config = dataclasses.replace(
