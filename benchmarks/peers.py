@@ -63,7 +63,7 @@ AMOUNTS = {
         prompts=8, group=8, tail_slots=16, microbatch=16, jaxrl_microbatch=16, rounds=5, warmup=1
     ),
     "80m": Amount(
-        prompts=4, group=4, tail_slots=8, microbatch=8, jaxrl_microbatch=4, rounds=3, warmup=1
+        prompts=4, group=4, tail_slots=8, microbatch=8, jaxrl_microbatch=8, rounds=3, warmup=1
     ),
 }
 """By size; the command line wins."""
