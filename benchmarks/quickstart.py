@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import record
 from roofline.analyse import companies, in_company
 from roofline.phases import Phase
-from roofline.read_run import Span, read_run
+from roofline.read_run import read_run
 
 START, END = "<!-- results:start -->\n", "<!-- results:end -->"
 WANTED = 0.15
@@ -32,46 +32,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     summary = {key: value for key, value in summary.items() if key != "config"}
     made = record.provenance(timed=False)  # the times were measured by the run, not now
-    content = {"provenance": made, "summary": summary, "phases": _phases(run)}
+    content = {"provenance": made, "summary": summary, "median_ratios": _median_ratios(run)}
     record.write("quickstart", content, block(content))
     record.put_into_readme(START, END, block(content))
 
 
-def _phases(run: Path) -> list[dict[str, Any]]:
-    """Sums over the calls of the phases that the table shows, and the median call's ratio."""
+def _median_ratios(run: Path) -> dict[str, float]:
+    """Measured over predicted of the median call, by phase; the sums are in the run's summary."""
     known = read_run(run)
-    calls: dict[str, list[tuple[Span, float]]] = {str(phase): [] for phase in SHOWN}
+    ratios: dict[str, list[float]] = {phase: [] for phase in SHOWN}
     for span, company in zip(known.spans, companies(known.spans), strict=True):
-        if span.phase in calls and span.predicted_s:
-            calls[span.phase].append((span, in_company(span, company, known.hardware)))
-    return [
-        {
-            "phase": phase,
-            "calls": len(pairs),
-            "bound_s": sum(span.lower_s or 0.0 for span, _ in pairs),
-            "expected_s": sum(expected_s for _, expected_s in pairs),
-            "measured_s": sum(span.duration_s for span, _ in pairs),
-            "median_ratio": statistics.median(span.duration_s / by for span, by in pairs),
-            "binds": statistics.mode(span.bound for span, _ in pairs),
-        }
-        for phase, pairs in calls.items()
-    ]
+        if span.phase in ratios and span.predicted_s:
+            ratios[span.phase].append(span.duration_s / in_company(span, company, known.hardware))
+    return {phase: statistics.median(values) for phase, values in ratios.items()}
 
 
 def block(content: Mapping[str, Any]) -> str:
     """The table and the sentence under it, in Markdown."""
     summary, made = content["summary"], content["provenance"]
-    rows = [
-        [
-            phase["phase"],
-            str(phase["calls"]),
-            *(f"{phase[key]:.2f}" for key in ("bound_s", "expected_s", "measured_s")),
-            f"{phase['measured_s'] / phase['expected_s']:.2f}",
-            f"{phase['median_ratio']:.2f}",
-            phase["binds"],
-        ]
-        for phase in content["phases"]
-    ]
+    rows = []
+    for phase in SHOWN:
+        sums = summary["phases"][phase]
+        rows.append([
+            phase, str(sums["calls"]),
+            *(f"{sums[key]:.2f}" for key in ("lower_s", "predicted_s", "measured_s")),
+            f"{sums['ratio']:.2f}", f"{content['median_ratios'][phase]:.2f}", sums["bound"],
+        ])  # fmt: skip
     beyond = [row[0] for row in rows if abs(math.log(float(row[5]))) > math.log(1 + WANTED)]
     head = [
         "phase", "calls", "bound [s]", "predicted [s]", "measured [s]", "measured / predicted",

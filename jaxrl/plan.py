@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxrl.algorithms.contradictions import unread
 from jaxrl.config import Config, GrpoConfig
@@ -24,9 +24,6 @@ from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
 from roofline.splits import Job, Split, learner_times, rollout_times, split_of
-
-if TYPE_CHECKING:
-    from jaxrl.attention import Programs
 
 _GIB, _MIB = 2**30, 2**20
 
@@ -80,8 +77,13 @@ def make_plan(config: Config, model: ModelConfig, hardware: Hardware) -> Plan:
 
 def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shapes:
     """Static shapes and layouts of both meshes, of devices like `device` (None: those of this process)."""
-    mesh, dtype = config.mesh, config.model.dtype
-    programs = _programs(config, model, device)
+    import jax  # not with the module, which readers of a run load too  # noqa: PLC0415
+
+    from jaxrl.attention import choose_programs  # noqa: PLC0415
+    from models.fused import can_view  # noqa: PLC0415
+
+    mesh, dtype, device = config.mesh, config.model.dtype, device or jax.local_devices()[0]
+    programs = choose_programs(config, device, model)
     return Shapes(
         model=model,
         learner=Layout(
@@ -92,7 +94,7 @@ def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shape
         rollout=Layout(
             data=mesh.rollout_data, tensor=mesh.rollout_tensor,
             compute_dtype=dtype, param_dtype=dtype, attention=programs.prompts,
-            copies_weights=not _views(config, model, device),
+            copies_weights=not can_view(model, device, mesh.rollout_data * mesh.rollout_tensor),
             **stored_in(config.rollout.stored_dtype(dtype)),
         ),
         num_slots=config.rollout.slots,
@@ -104,23 +106,6 @@ def make_shapes(config: Config, model: ModelConfig, device: Any = None) -> Shape
         remat=config.model.remat,
         colocated=mesh.colocated,
     )  # fmt: skip
-
-
-def _views(config: Config, model: ModelConfig, device: Any) -> bool:
-    import jax  # noqa: PLC0415
-
-    from models.fused import can_view  # noqa: PLC0415
-
-    device = device or jax.local_devices()[0]
-    return can_view(model, device, config.mesh.rollout_data * config.mesh.rollout_tensor)
-
-
-def _programs(config: Config, model: ModelConfig, device: Any) -> Programs:
-    import jax  # not with the module, which readers of a run load too  # noqa: PLC0415
-
-    from jaxrl.attention import choose_programs  # noqa: PLC0415
-
-    return choose_programs(config, device or jax.local_devices()[0], model)
 
 
 def workload_of(config: Config) -> Workload:

@@ -8,14 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.config import ModelConfig
 from roofline import cost, serving, traffic
 from roofline.datasheets import DATASHEETS
 from roofline.kernel_times import gpu
 from roofline.kernels import Layout, ceil_div, shard
 from roofline.memory import memory_per_device, program_memory
 from roofline.network import Network
-from roofline.parameters import held_parameters
 from roofline.phases import Phase, PhaseCost
 from roofline.placement import Placement, Turns, linked
 from roofline.predict import Prediction, mbu, mfu, predict
@@ -226,11 +224,10 @@ def needed_memory(question: Question) -> dict[str, int]:
     its program needs. A stage keeps the activations of as many micro-batches as there are stages."""
     q, stage, turns = question, question.stage, question.turns
     if q.phase in (Phase.SCORE, Phase.REFERENCE, Phase.PREFILL):
-        sizes = program_memory(
+        return program_memory(
             stage, q.layout, q.phase, rows=ceil_div(q.batch, turns.microbatches),
             row_tokens=q.tokens, chunk_tokens=q.chunk_tokens,
         )  # fmt: skip
-        return _dealt(sizes, stage, q.layout)
     if q.trains:
         rows, tokens = (q.batch, q.tokens) if q.phase is Phase.TRAIN else (q.layout.row_shards, 1)
         sizes = memory_per_device(
@@ -239,15 +236,7 @@ def needed_memory(question: Question) -> dict[str, int]:
         )  # fmt: skip
         kept = min(turns.stages, turns.microbatches)
         return {**sizes, "activations": kept * sizes["activations"]}
-    sizes = memory_per_device(stage, q.layout, slots=q.batch, max_len=q.kv_len, snapshots=1)
-    return _dealt(sizes, stage, q.layout)
-
-
-def _dealt(sizes: dict[str, int], stage: ModelConfig, layout: Layout) -> dict[str, int]:
-    """The sizes with a snapshot of the experts that the device was dealt alone."""
-    if layout.expert == 1 or "snapshots" not in sizes:
-        return sizes
-    return {**sizes, "snapshots": held_parameters(stage, layout) * layout.param_bytes}
+    return memory_per_device(stage, q.layout, slots=q.batch, max_len=q.kv_len, snapshots=1)
 
 
 def _tokens(question: Question) -> float:

@@ -365,8 +365,11 @@ def _matrix_bytes(model: ModelConfig, layout: Layout) -> float:
 
 
 def _snapshot_bytes(model: ModelConfig, layout: Layout, snapshots: int) -> float:
-    """Weights in the compute type; of an adapted model one base and the adapter of each snapshot."""
+    """Weights in the compute type; of an adapted model one base and the adapter of each snapshot, of dealt
+    experts those of the device alone."""
     whole = model.num_parameters / layout.tensor
+    if layout.expert > 1:
+        whole = held_parameters(model, layout)
     if model.lora:
         return (whole + snapshots * trained_parameters(model, layout)) * layout.compute_bytes
     return snapshots * whole * layout.compute_bytes
