@@ -199,7 +199,7 @@ class Stage:
     def _prefill(self) -> Program:
         config, layout = self.config, self.shapes.rollout
         new = ceil_div(config.rollout.slots, config.grpo.group_size)
-        rows = prompt_bucket(min(config.grpo.prompts_per_step, new))
+        rows = prompt_bucket(min(config.grpo.prompts_per_step, new), layout.row_shards)
         tokens = config.rollout.max_prompt_tokens
         prompts = self._on_rollout((rows, tokens), jnp.int32)
         return Program(

@@ -12,7 +12,7 @@ import numpy as np
 from jaxrl.rollout.sampling import Admission, Seats
 
 SMALLEST_BUCKET = 8
-"""Prompt lengths and prompt counts are padded to powers of two from here (counts from 1)."""
+"""Prompt lengths and numbers of samples are padded to powers of two from here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,12 +107,12 @@ def seats_of(
     return seats, len(filling)
 
 
-def pad_prompts(entering: Sequence[Entering], max_prompt_tokens: int) -> Prefilled:
-    """Each distinct prompt once, in shapes padded to powers of two."""
+def pad_prompts(entering: Sequence[Entering], *, max_prompt_tokens: int, devices: int) -> Prefilled:
+    """Each distinct prompt once, tokens padded to powers of two, prompts as `prompt_bucket` says."""
     distinct = list({one.request.stream: one.request for one in entering}.values())
     longest = max(len(request.prompt) for request in distinct)
     columns = min(bucket(longest, SMALLEST_BUCKET), max_prompt_tokens)
-    prompts = np.zeros((prompt_bucket(len(distinct)), columns), np.int32)
+    prompts = np.zeros((prompt_bucket(len(distinct), devices), columns), np.int32)
     lengths = np.ones(len(prompts), np.int32)
     for row, request in enumerate(distinct):
         prompts[row, : len(request.prompt)] = request.prompt
@@ -121,9 +121,10 @@ def pad_prompts(entering: Sequence[Entering], max_prompt_tokens: int) -> Prefill
     return Prefilled(None, prompts, lengths, row_of)
 
 
-def prompt_bucket(prompts: int) -> int:
-    """Rows that a prefill of so many prompts has."""
-    return bucket(prompts, 1)
+def prompt_bucket(prompts: int, devices: int) -> int:
+    """Rows that a prefill of so many prompts has: one alone is prefilled by every device; more are dealt, and
+    rows that `devices` did not divide would be prefilled by each of them."""
+    return bucket(prompts, 1 if prompts == 1 else devices)
 
 
 def bucket(number: int, smallest: int) -> int:

@@ -102,6 +102,7 @@ class RolloutEngine:
         self._kept: Prefilled | None = None
         self._own_tokens = self.max_tokens if prefixes is None else max_new_tokens
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]  # that divide the slots
+        self._pad = partial(pad_prompts, max_prompt_tokens=max_prompt_tokens, devices=self._devices)
         self._rows = None if prefixes is None else RowTable(prefixes, num_slots, self._devices)
         each = num_slots // self._devices
         self._widths = widths_of(each) if narrow_tail else (each,)
@@ -280,7 +281,7 @@ class RolloutEngine:
         if kept is not None and known:
             self._enter(snapshot, kept, known)
         if new:
-            kept = self._enter(snapshot, pad_prompts(new, self.max_prompt_tokens), new)
+            kept = self._enter(snapshot, self._pad(new), new)
         waits = self._queue and kept is not None and self._queue[0][0].stream in kept.row_of
         self._kept = kept if waits else None
 
@@ -295,7 +296,7 @@ class RolloutEngine:
         for fills in (False, True):
             some = [one for one in entering if (one.request.stream in filling) == fills]
             if some:
-                self._enter(snapshot, pad_prompts(some, self.max_prompt_tokens), some)
+                self._enter(snapshot, self._pad(some), some)
 
     def _enter(
         self, snapshot: Snapshot, source: Prefilled, entering: Sequence[Entering]

@@ -58,6 +58,16 @@ def test_the_compiled_flops_are_the_predicted_ones(phase: Phase) -> None:
     assert line(compiled(phase), "flops").ratio == pytest.approx(1.0)
 
 
+def test_three_devices_deal_the_prompts_of_a_prefill() -> None:
+    mesh = MeshConfig(learner_fsdp=4, rollout_data=3)
+    rollout = replace(TINY.rollout, slots=24)
+    grpo = replace(TINY.grpo, prompts_per_step=8, group_size=4)
+    dealt = make_stage(replace(TINY, mesh=mesh, rollout=rollout, grpo=grpo), HOST, 8)
+    executable = compile_program(dealt.program(Phase.PREFILL))
+    assert executable.program.arguments[1].shape[0] == 6
+    assert line(executable, "flops").ratio == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("phase", [Phase.TRAIN, Phase.DECODE, Phase.OPTIMIZER])
 def test_donated_memory_is_taken_over_and_nothing_goes_through_the_host(phase: Phase) -> None:
     executable = compiled(phase)

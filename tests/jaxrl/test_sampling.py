@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxrl.observe import Observer
+from jaxrl.rollout.admission import prompt_bucket
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
 from jaxrl.rollout.sampling import (
     LEAST_CACHE,
@@ -179,6 +180,13 @@ def test_a_prompt_is_prefilled_once_for_its_group(tiny_policy: Decoder) -> None:
     sample_all(make_engine(tiny_policy, observer=Counter()), tiny_policy, 5, 4)
     assert 0 in seen  # a second part of a group entered by copies alone
     assert sum(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows"), [(1, [1, 2, 4, 8, 8]), (4, [1, 4, 4, 8, 8]), (6, [1, 6, 6, 6, 12])]
+)
+def test_the_rows_of_a_prefill_are_one_or_dealt_evenly(devices: int, rows: list[int]) -> None:
+    assert [prompt_bucket(prompts, devices) for prompts in (1, 2, 3, 6, 7)] == rows
 
 
 def test_weights_are_laid_out_for_decoding_once_per_version(tiny_policy: Decoder) -> None:
