@@ -1,10 +1,13 @@
-"""What a process does with its memory around compilation."""
+"""What a process does with its memory: the host's around compilation, a GPU's."""
+
+import os
 
 import jax
 import pytest
 
 from jaxrl import devices
 from roofline import machine
+from roofline.datasheets import datasheet
 
 
 def test_memory_that_a_long_compilation_frees_is_given_back_once(
@@ -22,3 +25,25 @@ def test_memory_that_a_long_compilation_frees_is_given_back_once(
     monkeypatch.setattr(devices, "_LONG_S", 0.0)
     jax.jit(lambda x: x + 2)(x).block_until_ready()
     assert given == ["back"]
+
+
+@pytest.mark.parametrize(
+    "told", [None, "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"]
+)
+def test_a_gpu_gives_what_a_plan_counts_on_unless_jax_was_told(
+    monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    monkeypatch.setattr(os, "environ", {told: "0.5"} if told else {})
+    devices.take_gpu_memory()
+    asked = {name: os.environ[name] for name in names if name in os.environ}
+    assert asked == ({told: "0.5"} if told else {"XLA_CLIENT_MEM_FRACTION": "0.95"})
+
+
+@pytest.mark.parametrize(
+    ("name", "driver_mib"),
+    [("a100-sxm-80gb", 81920), ("h100-sxm", 81559), ("h200", 143771), ("b200", 183359)],
+)
+def test_the_memory_share_holds_the_datasheets_memory(name: str, driver_mib: int) -> None:
+    """MiB as nvidia-smi shows them."""
+    assert datasheet(name).hbm_bytes <= float(devices.MEMORY_SHARE) * driver_mib * 2**20
