@@ -8,6 +8,7 @@ head size, F ffw.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,25 @@ def mlp(x: jax.Array, gate_up: tuple[Weight, ...], down: Weight) -> jax.Array:
         units = [part[..., i, :] for part in inner for i in range(part.shape[-2])]
         active = jax.nn.silu(units[0])
         return product(active if len(units) == 1 else active * units[1], down)
+
+
+def turned_mlp(x: jax.Array, gate_up: tuple[Any, ...], down: Any) -> jax.Array:
+    """`mlp` with plain weights, outputs in front: gate_up one [2, F, D] or [1, F, D], down [D, F].
+
+    The hidden units are [F, rows], so that both products read their weight along its rows; turning the result
+    back is kept apart from the second, or the compiler would turn the weight instead.
+    """
+    with jax.named_scope("mlp"):
+        (weight,) = gate_up
+        kinds, units, width = weight.shape
+        rows = x.reshape(-1, width)
+        matrix = weight.astype(x.dtype).reshape(kinds * units, width)
+        inner = jax.lax.dot_general(matrix, rows, (((1,), (1,)), ((), ())))
+        inner = inner.reshape(kinds, units, rows.shape[0])
+        active = jax.nn.silu(inner[0])
+        active = active if kinds == 1 else active * inner[1]
+        out = jax.lax.dot_general(down.astype(x.dtype), active, (((1,), (0,)), ((), ())))
+        return jax.lax.optimization_barrier(out).T.reshape(x.shape)
 
 
 def packed_mask(segment_ids: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from models.activations import ROW_AXES
 from models.config import ModelConfig
 from models.decoder import Decoder, Policy, abstract_decoder
-from models.fused import FusedDecoder, FusedLayer, split_layers
+from models.fused import FusedDecoder, FusedLayer, fused, split_layers
 from models.lora import AdaptedDecoder, Adapter, adapter_table, init_adapter, merged
 from models.parameters import (
     Parameter,
@@ -121,18 +121,9 @@ def split_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> tuple[Fus
 
 
 def fused_shardings(config: ModelConfig, mesh: Mesh | AbstractMesh) -> FusedDecoder:
-    """A NamedSharding for each array of `fused`: L is not split.
-
-    Raises: ValueError naming the first dimension that its mesh axis does not divide.
-    """
-    plain, one = policy_shardings(config, mesh), split_shardings(config, mesh)[0]
-    return FusedDecoder(
-        config=config,
-        embedding=plain.embedding,
-        layers=jax.tree.map(lambda s: s.update(spec=PartitionSpec(None, *s.spec)), one),
-        final_norm=plain.final_norm,
-        head=plain.head,
-    )
+    """A NamedSharding for each array of `fused`, whole: a single CPU samples from it."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda _: whole, jax.eval_shape(fused, abstract_decoder(config)))
 
 
 def decay_mask(config: ModelConfig) -> Decoder:

@@ -10,7 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl.types import Snapshot
 from models.config import ModelConfig
@@ -24,9 +24,9 @@ class LaidOut:
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.nbytes = config.num_parameters * jnp.dtype(dtype).itemsize
         """Of one version's weights, on all devices that split them."""
-        self.places = split_shardings(config, mesh)
+        self.place = NamedSharding(mesh, PartitionSpec())
         # partial: a function of this copy alone, so that its traces are counted alone
-        self.program = jax.jit(partial(split_layers), out_shardings=self.places)
+        self.program = jax.jit(partial(split_layers), out_shardings=split_shardings(config, mesh))
         self.layers: tuple[FusedLayer, ...] = ()
         self._version: int | None = None
 
@@ -36,7 +36,7 @@ class LaidOut:
             self.drop()
             policy = snapshot.policy
             if isinstance(policy, FusedDecoder):
-                self.layers = viewed_layers(policy, self.places)
+                self.layers = viewed_layers(policy, self.place)
             else:
                 self.layers = self.program(policy)
             self._version = snapshot.version

@@ -20,7 +20,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 
 from models.config import ModelConfig
 from models.decoder import Decoder, abstract_decoder
-from models.fused import SIDE_BY_SIDE, FusedDecoder, fused
+from models.fused import SIDE_BY_SIDE, TURNED, FusedDecoder, fused
 from models.hf.names import HFTensor
 from models.hf.read import Stored, checked_tensors, read_config, read_tensor
 from models.parameters import input_dims, outer_table, stacked_layer_table
@@ -75,6 +75,7 @@ def load_fused(
     def load(path: tuple[Any, ...], whole: Any, sharding: Sharding) -> jax.Array:
         name = next(key.name for key in reversed(path) if hasattr(key, "name"))
         dim, parts = SIDE_BY_SIDE.get(name, (0, (name,)))
+        order = TURNED.get(name, range(len(whole.shape)))
 
         def pieces() -> Iterator[_Piece]:
             offset = 0
@@ -84,7 +85,8 @@ def load_fused(
                     if len(own) < len(whole.shape):
                         start = (*start[:dim], 0, *start[dim:])
                         piece = np.expand_dims(piece, dim)
-                    yield (*start[:dim], start[dim] + offset, *start[dim + 1 :]), piece
+                    start = (*start[:dim], start[dim] + offset, *start[dim + 1 :])
+                    yield tuple(start[i] for i in order), piece.transpose(*order)
                 offset += own[dim] if len(own) == len(whole.shape) else 1
 
         return _assemble(whole.shape, jnp.dtype(dtype), sharding, pieces())

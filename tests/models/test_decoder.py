@@ -1,5 +1,6 @@
 """Training, prefill and decode are one model; packing and padding change nothing."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,8 @@ from models.cache import (
 )
 from models.config import ModelConfig
 from models.decoder import Decoder, decode_step, hidden_states, prefill, recompute
-from models.fused import split_layers
+from models.fused import fused, split_layers
+from models.layers import turned_mlp
 
 F32_ATOL = 1e-5  # hidden states are of order 1; sums of up to 48 float32 terms in another order
 BF16_ATOL = 0.15  # 8 bits of mantissa through three layers; hidden states reach about 3
@@ -100,6 +102,24 @@ def test_cached_decode_equals_the_full_forward(name):
     for row, length in enumerate(lengths):
         expected = reference[row, length - 1 : length - 1 + decoded.shape[1]]
         np.testing.assert_allclose(decoded[row], expected, atol=F32_ATOL)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_weights_as_a_sampler_holds_them_give_the_same_hidden_states(name):
+    policy, tokens = make(VARIANTS[name]), tokens_of(3, 12)
+    np.testing.assert_allclose(full(fused(policy), tokens), full(policy, tokens), atol=F32_ATOL)
+
+
+def test_a_turned_mlp_multiplies_its_weights_as_they_lie():
+    """Left to itself the compiler exchanges the operands and lays the weight out anew."""
+    ffw, width, rows = 96, 40, 7
+    weights = (jnp.ones((2, ffw, width)),), jnp.ones((width, ffw))
+    program = jax.jit(turned_mlp).lower(jnp.ones((rows, width)), *weights).compile().as_text()
+    assert program is not None
+    results = re.findall(r"f32\[([\d,]+)\]\S* dot\(", program)
+    assert sorted(results) == sorted([f"{2 * ffw},{rows}", f"{width},{rows}"])
+    for shape in (f"{ffw},{width}", f"{2 * ffw},{width}", f"{width},{ffw}", f"{width},{2 * ffw}"):
+        assert not re.search(rf"f32\[{shape}\]\S* (copy|transpose)\(", program)
 
 
 def test_cached_decode_in_bfloat16_stays_near_the_float32_forward():
