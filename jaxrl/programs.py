@@ -27,7 +27,7 @@ from jaxrl.rollout.engine import RolloutEngine
 from models.attention_kernels import lowering_for
 from models.config import ModelConfig
 from models.decoder import abstract_decoder
-from models.fused import fused
+from models.fused import FusedDecoder, fused, split_layers
 from models.lora import AdaptedDecoder, init_adapter
 from models.sharding import (
     adapter_shardings,
@@ -152,6 +152,8 @@ class Stage:
     def layers(self) -> Any:
         """The snapshot as decode reads it."""
         weights = self.engine[0].weights
+        if isinstance(self.snapshot, FusedDecoder):
+            return _placed(jax.eval_shape(split_layers, self.snapshot), weights.whole)
         return _placed(jax.eval_shape(weights.program, self.snapshot), weights.places)
 
     @cached_property

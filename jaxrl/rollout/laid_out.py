@@ -24,9 +24,9 @@ class LaidOut:
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.nbytes = config.num_parameters * jnp.dtype(dtype).itemsize
         """Of one version's weights, on all devices that split them."""
-        self.place = NamedSharding(mesh, PartitionSpec())
+        self.places, self.whole = split_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
         # partial: a function of this copy alone, so that its traces are counted alone
-        self.program = jax.jit(partial(split_layers), out_shardings=split_shardings(config, mesh))
+        self.program = jax.jit(partial(split_layers), out_shardings=self.places)
         self.layers: tuple[FusedLayer, ...] = ()
         self._version: int | None = None
 
@@ -36,7 +36,7 @@ class LaidOut:
             self.drop()
             policy = snapshot.policy
             if isinstance(policy, FusedDecoder):
-                self.layers = viewed_layers(policy, self.place)
+                self.layers = viewed_layers(policy, self.whole)
             else:
                 self.layers = self.program(policy)
             self._version = snapshot.version
