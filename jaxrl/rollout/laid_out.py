@@ -24,7 +24,8 @@ class LaidOut:
     def __init__(self, config: ModelConfig, mesh: Mesh, dtype: jnp.dtype) -> None:
         self.nbytes = config.num_parameters * jnp.dtype(dtype).itemsize
         """Of one version's weights, on all devices that split them."""
-        self.places, self.whole = split_shardings(config, mesh), NamedSharding(mesh, PartitionSpec())
+        self.places = split_shardings(config, mesh)
+        self.whole = NamedSharding(mesh, PartitionSpec())
         # partial: a function of this copy alone, so that its traces are counted alone
         self.program = jax.jit(partial(split_layers), out_shardings=self.places)
         self.layers: tuple[FusedLayer, ...] = ()
