@@ -107,7 +107,7 @@ def seats_of(
     return seats, len(filling)
 
 
-def pad_prompts(entering: Sequence[Entering], *, max_prompt_tokens: int, devices: int) -> Prefilled:
+def pad_prompts(entering: Sequence[Entering], max_prompt_tokens: int, devices: int) -> Prefilled:
     """Each distinct prompt once, tokens padded to powers of two, prompts as `prompt_bucket` says."""
     distinct = list({one.request.stream: one.request for one in entering}.values())
     longest = max(len(request.prompt) for request in distinct)

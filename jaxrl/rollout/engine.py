@@ -102,7 +102,6 @@ class RolloutEngine:
         self._kept: Prefilled | None = None
         self._own_tokens = self.max_tokens if prefixes is None else max_new_tokens
         self._devices = mesh.shape["data"] * mesh.shape["fsdp"]  # that divide the slots
-        self._pad = partial(pad_prompts, max_prompt_tokens=max_prompt_tokens, devices=self._devices)
         self._rows = None if prefixes is None else RowTable(prefixes, num_slots, self._devices)
         each = num_slots // self._devices
         self._widths = widths_of(each) if narrow_tail else (each,)
@@ -279,9 +278,9 @@ class RolloutEngine:
         known = [e for e in entering if kept is not None and e.request.stream in kept.row_of]
         new = [e for e in entering if kept is None or e.request.stream not in kept.row_of]
         if kept is not None and known:
-            self._enter(snapshot, kept, known)
+            self._enter(snapshot, known, kept)
         if new:
-            kept = self._enter(snapshot, self._pad(new), new)
+            kept = self._enter(snapshot, new)
         waits = self._queue and kept is not None and self._queue[0][0].stream in kept.row_of
         self._kept = kept if waits else None
 
@@ -296,13 +295,13 @@ class RolloutEngine:
         for fills in (False, True):
             some = [one for one in entering if (one.request.stream in filling) == fills]
             if some:
-                self._enter(snapshot, self._pad(some), some)
+                self._enter(snapshot, some)
 
     def _enter(
-        self, snapshot: Snapshot, source: Prefilled, entering: Sequence[Entering]
+        self, snapshot: Snapshot, entering: Sequence[Entering], kept: Prefilled | None = None
     ) -> Prefilled:
-        """Prefill the prompts if they are nowhere yet, copy them to where slots read them and start their
-        samples."""
+        """Start samples of prompts that are `kept`, or are prefilled, and copied to where slots read them."""
+        source = kept or pad_prompts(entering, self.max_prompt_tokens, self._devices)
         admission = admission_of(
             source.row_of, entering, num_slots=self.num_slots, num_stop_ids=self._num_stop_ids
         )
