@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -54,9 +55,11 @@ def _others() -> float:
 
 
 def _commit() -> str:
-    """HEAD, with '+changes' if the checkout differs from it; 'unknown' outside a checkout."""
+    """HEAD, with '+changes' if the checkout differs from it; 'unknown' outside a checkout or without git."""
 
     def git(*words: str) -> str:
+        if shutil.which("git") is None:  # as in a bare image
+            return ""
         done = subprocess.run(
             ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
         )

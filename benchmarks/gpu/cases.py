@@ -153,36 +153,41 @@ class Scale:
 
     def cases(self) -> list[Case]:
         """All cases, in the order in which they are run: of every model first what the figures to reach ask
-        for, so that a short time on a device tells most."""
-        first = [case for model in self.models for case in self._first_of(model)]
-        return first + [case for model in self.models for case in self._more_of(model)]
+        for, then what is set beside it, so that a short time on a device tells most."""
+        parts = (self._phases_of, self._rollout_and_peers_of, self._whole_steps_of, self._more_of)
+        return [case for part in parts for model in self.models for case in part(model)]
 
-    def _first_of(self, model: str) -> list[Case]:
+    def _phases_of(self, model: str) -> list[Case]:
         rows, tokens = self.packed[-1]
         cases = [Case(kind="calibrate", model=model)]
-        cases += [
-            Case(kind="decode", model=model, rows=b, tokens=s, attention=program)
-            for b, s in self.decode_first
-            for program in ("", *self.decode_programs)
-        ]
+        cases += [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode_first]
         cases += [
             Case(kind="train", model=model, rows=rows, tokens=tokens, remat=remat)
             for remat in ("block", "none")
         ]
         cases += [Case(kind="optimizer", model=model), Case(kind="publish", model=model)]
         cases += [Case(kind="prefill", model=model, rows=b, tokens=t) for b, t in self.prefill]
-        cases += [Case(kind="score", model=model, rows=rows, tokens=tokens)]
-        cases += [Case(kind="rollout", model=model)]
+        return [*cases, Case(kind="score", model=model, rows=rows, tokens=tokens)]
+
+    def _rollout_and_peers_of(self, model: str) -> list[Case]:
+        rows, tokens = self.packed[-1]
+        cases = [
+            Case(kind="decode", model=model, rows=b, tokens=s, attention=program)
+            for b, s in self.decode_first
+            for program in self.decode_programs
+        ]
+        cases.append(Case(kind="rollout", model=model))
         peers: list[tuple[Peer, Remat]] = [("train", "none"), ("train", "block")]
         cases += [Case(kind="peers", model=model, peer="generate")]
-        cases += [
+        if self.compiled_peers:
+            peers.append(("train-compiled", "none"))
+        return cases + [
             Case(kind="peers", model=model, peer=peer, rows=rows, tokens=tokens, remat=remat)
-            for peer, remat in [
-                *peers,
-                *([("train-compiled", "none")] if self.compiled_peers else []),
-            ]
+            for peer, remat in peers
         ]
-        return cases + [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
+
+    def _whole_steps_of(self, model: str) -> list[Case]:
+        return [Case(kind="grpo", model=model, max_staleness=n) for n in (0, 1)]
 
     def _more_of(self, model: str) -> list[Case]:
         cases = [Case(kind="decode", model=model, rows=b, tokens=s) for b, s in self.decode]

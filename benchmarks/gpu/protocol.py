@@ -40,8 +40,9 @@ def _end_with_the_suite() -> None:
     os._exit(1)
 
 
-def told(name: str, run: Callable[[], dict[str, Any]], answer: Answer) -> None:
-    """Run one case between its `begun` and its `ended`; an error ends the case, not the process."""
+def told(name: str, run: Callable[[], dict[str, Any]], answer: Answer) -> bool:
+    """Run one case between its `begun` and its `ended`; whether it is done. If not, the process shall end: an
+    error on a device, or memory that the case left behind, would be the next one's too."""
     answer({"begun": name})
     began = time.perf_counter()
     try:
@@ -51,3 +52,4 @@ def told(name: str, run: Callable[[], dict[str, Any]], answer: Answer) -> None:
         why = f"{type(error).__name__}: {error}"
         result = {"status": "failed", "why": why[:ERROR_CHARACTERS]}
     answer({"ended": name, "result": {**result, "wall_s": time.perf_counter() - began}})
+    return result["status"] == "done"

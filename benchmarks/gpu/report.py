@@ -82,7 +82,8 @@ LEGEND = (
     "the results need: in decode every weight and every key and value once per step, in rows of tokens the "
     "model's own flops (causal attention, nothing computed twice), which over the peak are MFU too. Predicted: "
     "for the work that the programs do, at calibrated shares. Measured: median (least to most) of calls after "
-    "two that warm up; compilation is not in it. Decode is per chunk of steps, train per packed micro-batch, "
+    "two that warm up (PyTorch, where it does not compile: one); compilation is not in it. Decode is per chunk "
+    "of steps, train per packed micro-batch, "
     "rollout and grpo per optimizer step. The first line of a shape runs the program of attention that "
     "attention=auto takes without measurements, whole steps the fastest one measured. Peak: most memory of the "
     "process so far, <= where an earlier case of it may have set it.\n"
@@ -248,7 +249,8 @@ def _compares_programs(case: Case) -> bool:
     return case.kind == "decode" or (case.kind == "train" and case.remat == "block")
 
 
-EIGHT_BITS = ("int8", "float8_e4m3")
+OTHER_CACHES = ("int8", "float8_e4m3", "shared")
+"""Variants of decode that read fewer bytes than the book's bound of the figures to reach counts."""
 SHARES = {
     # model: (decode 256x512 of bound, decode 1x512 of bound, prefill and scoring MFU, training MFU)
     "qwen3-0.6b": (0.65, 0.35, 0.45, 0.35),
@@ -288,25 +290,26 @@ def targets(results: Results) -> list[Target]:
 
 
 def _best(results: Results, case: str, key: str, wanted: float) -> Target:
-    """The best program, with or without recomputation, of those that keep everything in the compute dtype."""
+    """The best program, with or without recomputation, of those with a cache of each slot's own in the compute
+    dtype."""
     values = [
         r[key] for name, r in results.items()
         if (name == case or name.startswith(f"{case} ")) and key in r
-        and name.split()[-1] not in EIGHT_BITS
+        and name.split()[-1] not in OTHER_CACHES
     ]  # fmt: skip
     what = "MFU" if key == "mfu" else "share of bound"
     return Target(name=f"{case}: {what}", wanted=wanted, reached=max(values, default=None))
 
 
 def _errors(results: Results) -> list[Target]:
-    """How far single phases are from their calibrated prediction, with the programs that calibration runs."""
+    """|predicted / measured - 1| of single phases, calibrated, with the programs that calibration runs."""
     single = [
         case.name for case in GPU.cases()
         if case.kind not in ("rollout", "grpo", "peers")
         and not (case.attention or case.cache_dtype or case.shares)
     ]  # fmt: skip
     errors = [
-        abs(results[name]["ratio"] - 1)
+        abs(1 / results[name]["ratio"] - 1)
         for name in single
         if name in results and results[name].get("calibrated")
     ]

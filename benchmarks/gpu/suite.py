@@ -45,6 +45,8 @@ MEMORY_SHARE = "0.95"
 LOG_CHARACTERS = 2000
 TO_STOP_S = 5.0
 """Kept of the time of a call to end its processes and write the tables [s]."""
+START_TRIES = 2
+"""Processes that end before they are ready, after which no other of that kind is started in this call."""
 CPU_RESULTS = record.ROOT / "runs" / "gpu_suite"
 
 
@@ -68,6 +70,10 @@ class Limit:
 
     at_s: float
     """On time.monotonic."""
+
+
+class NeverReady(Exception):
+    """A process could not start: what ails it ails the others of its kind."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -131,19 +137,27 @@ def device_name(device: str) -> str:
 
 def run(call: Call, store: Store) -> int:
     """Run cases until none is left or the time is over; returns how many are left."""
+    unable: set[bool] = set()  # PyTorch's processes, or ours
     with watching() as card:
         if call.device == "gpu":
             store.content["provenance"]["card"] = standing()
         for _, group in groupby(_wanted(call, store), key=lambda case: case.process):
-            cases = list(group)
-            while cases and _fits(call, store, cases[0]):
-                cases = _run_group(call, store, card, cases)
+            cases, tries = list(group), START_TRIES
+            peers = cases[0].kind == "peers"
+            while cases and peers not in unable and _fits(call, store, cases[0]):
+                try:
+                    cases = _run_group(call, store, card, cases)
+                except NeverReady as error:
+                    print(error, file=sys.stderr)
+                    tries -= 1
+                    if not tries:
+                        unable.add(peers)
     _write_report(store)
     return len(_wanted(call, store))
 
 
 def _run_group(call: Call, store: Store, card: Watch, cases: Sequence[Case]) -> list[Case]:
-    """One process for cases that share it; returns those that its early end has left."""
+    """One process for cases that share it; returns those that its early end has left. Raises: NeverReady."""
     if cases[0].kind != "peers":
         return _run_process(call, store, card, cases, [sys.executable, *WORKER])
     python = next((path for path in PEERS_PYTHON if _has_torch(path)), None)
@@ -198,14 +212,19 @@ def _run_process(
     call: Call, store: Store, card: Watch, cases: Sequence[Case], command: Sequence[str]
 ) -> list[Case]:
     """One process for these cases. One that was begun when it ends early has failed, or was cut off if the
-    time was over; returns the cases behind it, which it never came to."""
+    time was over; returns the cases behind it, which it never came to. A case that does not succeed is its
+    process's last, and nobody waits for a process to end after its last case.
+
+    Raises: NeverReady, if it ends before it says what it runs on; its first case has failed.
+    """
     with tempfile.TemporaryDirectory() as dump, _started(call, command, dump) as (process, log):
         _send(process, _job(call, store, cases, dump))
-        begun, since_s, limit = "", time.monotonic(), Limit(call.deadline_s)
+        ready, begun, since_s, limit = False, "", time.monotonic(), Limit(call.deadline_s)
         for answer in _answers(process, limit):
             if answer is None:
                 break
             if "ready" in answer:
+                ready = True
                 store.content["provenance"].setdefault("seen", {}).update(answer["ready"])
             elif "begun" in answer:
                 begun, since_s = answer["begun"], time.monotonic()
@@ -217,17 +236,24 @@ def _run_process(
                 store.put(answer["ended"], result)
                 _write_report(store)
                 print(_line(answer["ended"], result), flush=True)
+                if result["status"] != "done" or answer["ended"] == cases[-1].name:
+                    return _behind(cases, answer["ended"])
                 begun, limit.at_s = "", call.deadline_s
         else:
-            if not (process.wait() or begun):
+            if ready and not begun:
                 return []
-            tail = log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
-            begun = begun or cases[0].name
-            print(f"the process of {begun} ended early:\n{tail}", file=sys.stderr)
-            why = f"its process ended early with code {process.returncode}"
-            store.put(begun, {"status": "failed", "why": why})
+            told = f"the process of {begun or cases[0].name} ended early:\n{_end_of(log)}"
+            why = f"its process ended early with code {process.wait()}"
+            store.put(begun or cases[0].name, {"status": "failed", "why": why})
+            if not begun:
+                raise NeverReady(told)
+            print(told, file=sys.stderr)
             return _behind(cases, begun)
     return _too_late(call, store, cases, begun, time.monotonic() - since_s)
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(encoding="utf-8", errors="replace")[-LOG_CHARACTERS:]
 
 
 def _too_late(
@@ -274,7 +300,9 @@ def _started(
     call: Call, command: Sequence[str], dump: str
 ) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """The process and its log; killed on leaving if it still runs."""
-    environment = {**os.environ, "PYTHONPATH": str(record.ROOT), "HF_HUB_OFFLINE": "1"}
+    given = os.environ.get("PYTHONPATH")  # where an image's packages may lie
+    paths = filter(None, (str(record.ROOT), given))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     environment["JAX_PLATFORMS"] = "cpu" if call.device == "cpu" else "cuda"
     if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environment):
         environment["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE

@@ -97,7 +97,7 @@ def device_facts() -> dict[str, str]:
 
 
 def serve(job: dict[str, Any], answer: Answer) -> None:
-    """Run the job's cases one after another."""
+    """Run the job's cases one after another, up to one that does not succeed."""
     scale = GPU if job["scale"] == GPU.name else TINY
     hardware = Hardware.from_json(job["hardware"]) if job["hardware"] else None
     dump = Path(job["dump"]) if job["dump"] else None
@@ -115,7 +115,8 @@ def serve(job: dict[str, Any], answer: Answer) -> None:
         case = Case(**fields)
         if time.perf_counter() + expected_s > until:
             continue  # left for another call
-        told(case.name, partial(run, case), answer)
+        if not told(case.name, partial(run, case), answer):
+            return
         gc.collect()
 
 
