@@ -40,25 +40,27 @@ def standing() -> dict[str, str]:
 class Watch:
     """Readings of the first GPU since it was started."""
 
-    readings: list[tuple[float, list[float]]] = field(default_factory=list)
-    """Seconds on time.monotonic, and the numbers of RUNNING."""
+    readings: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+    """Seconds on time.monotonic, and what of RUNNING the card told."""
 
     def between(self, begin_s: float, end_s: float) -> dict[str, dict[str, float]]:
-        """Least, median and most of each of RUNNING between two moments; empty without readings."""
+        """Least, median and most of each of RUNNING between two moments; what was never told is left out."""
         rows = [values for at, values in list(self.readings) if begin_s <= at <= end_s]
         return {
             name: {"min": min(column), "median": statistics.median(column), "max": max(column)}
-            for name, column in zip(RUNNING, zip(*rows, strict=True), strict=False)
+            for name in RUNNING
+            if (column := [row[name] for row in rows if name in row])
         }
 
 
-def parsed(line: str) -> list[float] | None:
-    """Numbers of one line of the tool; None for a line that is none, as where a value is not supported."""
-    try:
-        values = [float(word) for word in line.split(",")]
-    except ValueError:
-        return None
-    return values if len(values) == len(RUNNING) else None
+def parsed(line: str) -> dict[str, float]:
+    """Numbers of one line of the tool by name; without those that the card does not support ([N/A])."""
+    words = line.split(",")
+    found: dict[str, float] = {}
+    for name, word in zip(RUNNING, words, strict=False) if len(words) == len(RUNNING) else ():
+        with contextlib.suppress(ValueError):
+            found[name] = float(word)
+    return found
 
 
 @contextlib.contextmanager
@@ -78,7 +80,7 @@ def watching(words: Sequence[str] | None = None) -> Iterator[Watch]:
 
     def read() -> None:
         for line in stdout:
-            if (values := parsed(line)) is not None:
+            if values := parsed(line):
                 watch.readings.append((time.monotonic(), values))
 
     threading.Thread(target=read, daemon=True).start()

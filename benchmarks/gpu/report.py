@@ -67,7 +67,9 @@ def report(content: Mapping[str, Any]) -> str:
         for t in targets(results)
     ]  # fmt: skip
     if rows:
-        parts.append(f"## Figures to reach\n\n{table(['figure', 'wanted', 'reached', ''], rows)}\n")
+        parts.append(
+            f"## Figures to reach on one H200\n\n{table(['figure', 'wanted', 'reached', ''], rows)}\n"
+        )
     profiles = content["profiles"].items()
     parts += [_kernels(name, p["kernels"]) for name, p in profiles if "kernels" in p]
     parts += [
@@ -97,8 +99,11 @@ def foot(content: Mapping[str, Any]) -> str:
     seen = ", ".join(f"{k} {v}" for k, v in {**made["versions"], **made.get("seen", {})}.items())
     card = ", ".join(f"{name} {value}" for name, value in made.get("card", {}).items())
     uncalibrated = any(r.get("calibrated") is False for r in results)
+    sources = content["key"]["sources"]
+    older = sum(r.get("sources", sources) != sources for r in results)
     words = [
-        f"{made['date']}, commit {made['commit'][:12]}, sources {content['key']['sources']}{busy}",
+        f"{made['date']}, commit {made['commit'][:12]}, sources {sources}{busy}",
+        f"{older} OF THE RESULTS ARE OF OTHER SOURCES" if older else "",
         seen, card, _clocks([r["card"] for r in results if "card" in r]),
         "SOME PREDICTIONS ARE THE DATASHEET'S: no calibration had succeeded" if uncalibrated else "",
     ]  # fmt: skip
@@ -107,15 +112,18 @@ def foot(content: Mapping[str, Any]) -> str:
 
 def _clocks(cards: Sequence[Mapping[str, Mapping[str, float]]]) -> str:
     """How the card ran while cases did; empty where it did not say."""
-    clocks = [card["clocks.sm"]["median"] for card in cards if "clocks.sm" in card]
-    if not clocks:
-        return ""
-    watts = max(card["power.draw"]["max"] for card in cards)
-    celsius = max(card["temperature.gpu"]["max"] for card in cards)
-    return (
-        f"While cases ran: SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz (medians), at most "
-        f"{watts:.0f} W and {celsius:.0f} degrees Celsius"
-    )
+
+    def told(name: str, of: str) -> list[float]:
+        return [card[name][of] for card in cards if name in card]
+
+    words = []
+    if clocks := told("clocks.sm", "median"):
+        words.append(f"SM clock {min(clocks):.0f} to {max(clocks):.0f} MHz (medians)")
+    if watts := told("power.draw", "max"):
+        words.append(f"at most {max(watts):.0f} W")
+    if celsius := told("temperature.gpu", "max"):
+        words.append(f"at most {max(celsius):.0f} degrees Celsius")
+    return f"While cases ran: {', '.join(words)}" if words else ""
 
 
 def phase_rows(results: Results, model: str) -> list[list[str]]:

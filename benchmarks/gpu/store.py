@@ -64,11 +64,12 @@ class Store:
     @classmethod
     def open(
         cls, folder: Path, scale: Scale, device: str, commit: str | None,
-        more: Sequence[Path] = (record.RESULTS,), *, profiled: bool = False,
+        more: Sequence[Path] = (record.RESULTS,), *, profiled: bool = False, mixed: bool = False,
     ) -> Store:  # fmt: skip
         """The file of this key in `folder`, or a copy of the one in `more`, or a new one.
 
-        commit: what HEAD is, for a checkout without git; None asks git.
+        commit: what HEAD is, for a checkout without git; None asks git. mixed: else the newest file that
+        differs in its sources alone; each of its results keeps the sources that it was made with.
         """
         kept = PROFILES if profiled else RESULTS
         key = {
@@ -76,10 +77,17 @@ class Store:
             "versions": versions(),
         }  # fmt: skip
         name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+        others: list[tuple[Path, dict[str, Any]]] = []
         for path in (p for where in (folder, *more) for p in sorted(where.glob(f"{name}-*.json"))):
             content = json.loads(path.read_text(encoding="utf-8"))
             if content.get("key") == key:
                 return cls(folder / path.name, content, kept)._without_begun()
+            if mixed and {**content.get("key", {}), "sources": key["sources"]} == key:
+                others.append((path, content))
+        if others:
+            path, content = max(others, key=lambda other: other[1]["provenance"]["date"])
+            content["key"] = key
+            return cls(folder / path.name, content, kept)._without_begun()
         made = {**record.provenance(key["versions"]), "device": device}
         made["commit"] = commit or made["commit"]
         content = {"suite": SUITE, "key": key, "provenance": made, RESULTS: {}, PROFILES: {}}
@@ -130,7 +138,8 @@ class Store:
         self.content.pop("begun", None)
         if "why" in result:
             result = {**result, "why": _without_places(result["why"])}
-        self.outcomes[name] = {**result, "date": _now()}
+        sources = self.content["key"]["sources"]
+        self.outcomes[name] = {**result, "date": _now(), "sources": sources}
         self.save()
 
     def save(self) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import record
-from benchmarks.gpu.card import Watch, standing, watching
+from benchmarks.gpu.card import TOOL, Watch, standing, watching
 from benchmarks.gpu.cases import GPU, KINDS, TINY, Case, Scale
 from benchmarks.gpu.report import attention_table, report
 from benchmarks.gpu.store import CUT_OFF, Store
@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     scale = TINY if options.device == "cpu" else GPU
     out = options.out or (CPU_RESULTS if options.device == "cpu" else record.RESULTS)
     store = Store.open(
-        out, scale, device_name(options.device), options.commit, profiled=options.profile
+        out,
+        scale,
+        device_name(options.device),
+        options.commit,
+        profiled=options.profile,
+        mixed=options.mixed,
     )
     call = Call(
         scale=scale, device=options.device, kinds=options.only, profile=options.profile,
@@ -107,6 +112,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=lambda s: s.split(","), help="some of the models")
     parser.add_argument("--device", choices=["gpu", "cpu"], default="gpu", help="cpu: tiny shapes")
     parser.add_argument("--profile", action="store_true", help="save kernels instead of times")
+    parser.add_argument(
+        "--mixed", action="store_true",
+        help="go on with the newest results also where sources have changed since; they say so",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--commit", help="what is measured, where the checkout has no git")
     options = parser.parse_args(argv)
@@ -131,7 +140,10 @@ def device_name(device: str) -> str:
     )  # fmt: skip
     if done.returncode or not done.stdout.strip():
         last = (done.stderr.strip().splitlines() or ["no word why"])[-1]
-        sys.exit(f"no CUDA device was found ({last}); --device cpu runs tiny shapes")
+        sys.exit(
+            f"no CUDA device was found: {TOOL} names none, and jax ends with {last}. Are its driver and jax's "
+            "CUDA plug-in (jax[cuda12] or jax[cuda13]) installed? --device cpu runs tiny shapes"
+        )
     return done.stdout.splitlines()[-1].strip()
 
 

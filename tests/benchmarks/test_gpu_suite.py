@@ -252,6 +252,22 @@ def test_a_finished_case_survives_and_other_sources_start_another_file(
     assert changed.path != store.path
 
 
+def test_results_of_other_sources_are_gone_on_with_when_asked_and_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, publish = case_of("decode"), case_of("publish")
+    open_store(tmp_path).put(decode.name, {"status": "done"})
+    monkeypatch.setattr("benchmarks.gpu.store.digest_of_sources", lambda: "changed")
+    again = partial(Store.open, tmp_path, TINY, more=(), commit=None, mixed=True)
+    store = again(device="a device")
+    assert store.is_finished(decode)
+    store.put(publish.name, {"status": "done"})
+    text = report(again(device="a device").content)
+    assert "sources changed. 1 OF THE RESULTS ARE OF OTHER SOURCES" in text
+    monkeypatch.setattr("benchmarks.gpu.store.versions", lambda: {"jax": "another"})
+    assert not again(device="a device").is_finished(decode)
+
+
 def test_results_brought_from_another_machine_are_gone_on_with(tmp_path: Path) -> None:
     brought, out, case = tmp_path / "brought", tmp_path / "out", case_of("decode")
     open_store(brought).put(case.name, {"status": "done"})
@@ -548,17 +564,15 @@ def test_whole_steps_decode_with_the_fastest_program_measured_so_far() -> None:
     assert Bench(scale=TINY, name="tiny", table=table).decode_program(4, 32) == "xla"
 
 
-def test_the_card_is_read_while_a_case_runs_and_lines_without_numbers_are_left_out() -> None:
-    lines = (
-        "print('1980, 2619, 350.5, 40'); print('[N/A], 2619, 1, 1'); print('1200, 2619, 700, 60')"
-    )
+def test_the_card_is_read_while_a_case_runs_and_what_it_does_not_tell_is_left_out() -> None:
+    lines = "print('1980, 2619, [N/A], 40'); print('No devices'); print('1200, 2619, [N/A], 60')"
     with watching([sys.executable, "-c", f"{lines}; import sys; sys.stdout.flush()"]) as card:
         deadline = time.monotonic() + 30
         while len(card.readings) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         found = card.between(0.0, time.monotonic())
     assert found["clocks.sm"] == {"min": 1200, "median": 1590, "max": 1980}
-    assert found["power.draw"]["max"] == 700
+    assert found.keys() == {"clocks.sm", "clocks.mem", "temperature.gpu"}
     assert Watch().between(0.0, 1.0) == {}
 
 
@@ -634,6 +648,8 @@ def test_the_figures_to_reach_use_the_best_variant_of_each_side(tmp_path: Path) 
 def test_the_report_names_what_was_not_measured(tmp_path: Path) -> None:
     text = report(made_up_results(tmp_path).content)
     assert "grpo synchronous: no room, too large" in text
+    assert "OTHER SOURCES" not in text
+    assert "While cases ran" not in text
     assert "| decode 256x512 | 500.00 | 800.00 | 1,000.00 (1,000.00 to 1,000.00) | 50.0% |" in text
     assert "| train 8x2048 | 10,000.00 (10,000.00 to 10,000.00) | 50 |  |" in text
 
@@ -659,6 +675,22 @@ def test_the_readme_table_holds_the_newest_results_of_each_device(tmp_path: Path
     assert text.count("Device X:") == 1
     assert newer.content["key"]["sources"] in text
     assert "| qwen3-0.6b | decode 256x512 | 500.00 | 800.00 | 1000.00 | 50% |" in text
+
+
+def test_the_report_says_how_the_card_ran_as_far_as_it_told(tmp_path: Path) -> None:
+    store, name = made_up_results(tmp_path), "qwen3-0.6b decode 1x512"
+    clocks = {"min": 345.0, "median": 1400.0, "max": 1980.0}
+    store.put(name, {**made_up(1.0), "card": {"clocks.sm": clocks}})
+    assert "While cases ran: SM clock 1400 to 1400 MHz (medians)." in report(store.content)
+    watts, celsius = {**clocks, "max": 690.0}, {**clocks, "max": 61.0}
+    card = {
+        "clocks.sm": {**clocks, "median": 1900.0},
+        "power.draw": watts,
+        "temperature.gpu": celsius,
+    }
+    store.put("qwen3-0.6b rollout", {**made_up(1.0), "card": card})
+    words = "SM clock 1400 to 1900 MHz (medians), at most 690 W, at most 61 degrees Celsius"
+    assert words in report(store.content)
 
 
 @pytest.mark.parametrize("outcome", [None, {"status": CUT_OFF, "why": "?"}, made_up(1.0)])
