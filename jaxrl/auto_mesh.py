@@ -10,9 +10,10 @@ from jaxrl.cli import load_config
 from jaxrl.config import Config, MeshConfig
 from models.config import ModelConfig
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.plan import advise, assumed_lengths, choice
 from roofline.settings import settings_from
-from roofline.splits import Job, Split
+from roofline.splits import Split
 
 
 def resolved_before(config: Config) -> Config | None:

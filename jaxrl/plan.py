@@ -18,12 +18,13 @@ from models.config import ModelConfig
 from models.rows import samples_per_row
 from roofline import settings
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.kernels import Layout, stored_in
 from roofline.lengths import lognormal
 from roofline.machine import Workload
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
-from roofline.splits import Job, Split, learner_times, rollout_times, split_of
+from roofline.splits import Split, learner_times, rollout_times, split_of
 
 _GIB, _MIB = 2**30, 2**20
 

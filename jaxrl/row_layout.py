@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxrl.errors import UserError
-from models.rows import MAX_SEGMENTS, SharedPrompts
+from models.first_fit import first_fit_decreasing
+from models.rows import SharedPrompts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,7 @@ def _check_fits(lengths: np.ndarray, room: int, what: str, where: str) -> None:
 
 
 def _whole(lengths: np.ndarray, row_tokens: int) -> Layout:
-    row_of, order = _first_fit_decreasing(lengths, row_tokens)
+    row_of, order = first_fit_decreasing(lengths, row_tokens)
     by_row = order[np.argsort(row_of[order], kind="stable")]
     placed, rows = lengths[by_row], row_of[by_row]
     starts = np.cumsum(placed) - placed
@@ -87,27 +88,6 @@ def _whole(lengths: np.ndarray, row_tokens: int) -> Layout:
         target_spots=spots[predicted] - 1,
         num_rows=int(rows[-1]) + 1,
     )
-
-
-def _first_fit_decreasing(lengths: np.ndarray, row_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row of each sequence [N], and the order of placement [N]: longest first, ties by position.
-
-    A row takes MAX_SEGMENTS - 1 sequences at most.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    free = np.full(len(lengths), row_tokens, dtype=np.int64)
-    rows, places = np.zeros(len(lengths), dtype=np.int64), np.full(len(lengths), MAX_SEGMENTS - 1)
-    opened = 1
-    for n in order:
-        fits = free[:opened] >= lengths[n]
-        row = int(fits.argmax())
-        if not fits[row]:
-            row = opened
-            opened += 1
-        rows[n] = row
-        places[row] -= 1
-        free[row] = free[row] - lengths[n] if places[row] else 0
-    return rows, order
 
 
 @dataclass(kw_only=True, slots=True)

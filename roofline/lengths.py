@@ -43,6 +43,10 @@ class Lengths:
         steps = -(-self.tokens // chunk_steps) * chunk_steps
         return Lengths(tokens=steps, source=self.source)
 
+    def evenly(self, samples: int) -> np.ndarray:
+        """[samples] int, ascending: that many completions which stand for all."""
+        return self.tokens[(2 * np.arange(samples) + 1) * self.tokens.size // (2 * samples)]
+
     def draw(self, rng: np.random.Generator, samples: int) -> np.ndarray:
         """[samples] int."""
         return self.tokens[rng.integers(0, self.tokens.size, samples)]

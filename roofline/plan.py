@@ -30,12 +30,12 @@ from roofline.choose import (
     report_errors,
 )
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
 from roofline.progress import tracked
 from roofline.settings import Settings, check_rows, model_of, read_settings
 from roofline.splits import (
-    Job,
     Split,
     colocated,
     disjoint,

@@ -28,6 +28,7 @@ from roofline.analyse import companies
 from roofline.choose import report_errors
 from roofline.events import Mode, Pipeline, Simulation, simulate
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.kernels import Layout, ceil_div
 from roofline.lengths import measured
 from roofline.phases import Phase
@@ -36,7 +37,7 @@ from roofline.predict import LANES, Company
 from roofline.progress import tracked
 from roofline.read_run import Run, read_run
 from roofline.settings import read_settings
-from roofline.splits import Job, Split, learner_option, rollout_option, split_of
+from roofline.splits import Split, learner_option, rollout_option, split_of
 from roofline.svg import si
 
 BAR_COLUMNS = 30

@@ -7,15 +7,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from models.config import ModelConfig
-from models.rows import samples_per_row
 from roofline import cost, traffic
 from roofline.closed_form import closed_step_s, expected_staleness
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.kernels import Layout, ceil_div, stored_in
-from roofline.lengths import Lengths
 from roofline.memory import memory_per_device
 from roofline.phases import Phase
 from roofline.placement import check_network, linked, placed
@@ -27,40 +25,6 @@ MAX_TENSOR = 8
 """Tensor parallel devices share a node."""
 MAX_SPLITS = 64
 """Learner sizes that are tried; on more devices they go up in equal strides."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run's work, whatever the devices."""
-
-    model: ModelConfig
-    settings: Settings
-    lengths: Lengths
-
-    @cached_property
-    def held_steps(self) -> float:
-        """Mean decode steps that a completion holds its slot for."""
-        return self.lengths.in_chunks(self.settings.rollout.chunk_steps).mean
-
-    @property
-    def rows_per_step(self) -> int:
-        """Packed rows of one optimizer step at mean length."""
-        train, rollout = self.settings.train, self.settings.rollout
-        held = samples_per_row(
-            train.row_tokens, train.shared_prompts, prompt=rollout.max_prompt_tokens,
-            completion=min(rollout.max_new_tokens, self.lengths.mean),
-            group=self.settings.grpo.group_size,
-        )  # fmt: skip
-        return ceil_div(self.settings.samples_per_step, held)
-
-    @property
-    def verify_s(self) -> float:
-        """Time that the verifiers need for a step [s]: one verdict after another in each worker, or
-        the latency once where there are no workers."""
-        task = self.settings.task
-        if not task.reward_workers:
-            return task.reward_latency_s
-        return task.reward_latency_s * ceil_div(self.settings.samples_per_step, task.reward_workers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

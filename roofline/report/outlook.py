@@ -17,6 +17,7 @@ from roofline.choose import measured_vocabulary
 from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline, simulate
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.kernels import Layout
 from roofline.lengths import Lengths, measured
 from roofline.phases import Phase
@@ -26,7 +27,6 @@ from roofline.progress import tracked
 from roofline.read_run import Run
 from roofline.settings import model_of, read_settings
 from roofline.simulate import measured_step_s, pipeline_of_run
-from roofline.splits import Job
 
 STEPS, CURVE_STEPS = 60, 30
 """Optimizer steps of one simulation, and of one point of the split curve."""

@@ -22,11 +22,11 @@ from roofline.answer import answer
 from roofline.choose import find_hardware
 from roofline.datasheets import datasheet
 from roofline.hardware import Efficiency, Hardware
+from roofline.job import Job
 from roofline.lengths import lognormal
 from roofline.phases import Phase
 from roofline.plan import advise, best_split
 from roofline.question import Question
-from roofline.splits import Job
 
 ROUNDING = 1e-9
 ALGORITHMS = Path(__file__).resolve().parents[2] / "configs" / "algorithms"

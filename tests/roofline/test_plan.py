@@ -18,6 +18,7 @@ from roofline.answer import answer
 from roofline.closed_form import closed_step_s, expected_staleness
 from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline, simulate
+from roofline.job import Job
 from roofline.kernels import Layout
 from roofline.lengths import Lengths, lognormal
 from roofline.phases import Phase
@@ -26,7 +27,7 @@ from roofline.question import Question
 from roofline.settings import Settings, read_settings, settings_from
 from roofline.simulate import main as simulate_main
 from roofline.simulate import pipeline_of, scaled_split
-from roofline.splits import Job, learner_times, publish_s, with_staleness
+from roofline.splits import learner_times, publish_s, with_staleness
 
 ROUNDING = 1 + 1e-9
 CLOSED_FORM_LOW, CLOSED_FORM_HIGH = 0.85, 1.03

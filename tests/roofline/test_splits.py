@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxrl.row_layout import lay_out
 from roofline import cost
 from roofline.closed_form import closed_step_s
 from roofline.datasheets import datasheet
 from roofline.events import Mode, Pipeline
 from roofline.hardware import Hardware
+from roofline.job import Job
 from roofline.kernels import Layout
 from roofline.lengths import Lengths, lognormal
 from roofline.model_zoo import ZOO
@@ -24,7 +26,6 @@ from roofline.report.outlook import faster
 from roofline.settings import Settings, read_settings
 from roofline.simulate import pipeline_of, pipeline_of_run
 from roofline.splits import (
-    Job,
     learner_memory,
     learner_times,
     rollout_memory,
@@ -155,3 +156,22 @@ def test_a_faster_lane_does_all_its_work_faster_and_the_other_none() -> None:
     assert learner == halved
     halved = dataclasses.replace(base, decode_step_s=0.005, admit_s=0.01, prompt_s=0.015)
     assert generators == halved
+
+
+@pytest.mark.parametrize(("mean", "prompt"), [(600, 128), (1944, 2048), (1024, 1024), (3072, 256)])
+def test_a_step_has_as_many_rows_as_the_learner_packs(mean: int, prompt: int) -> None:
+    """Random completions need a row in fifty more than evenly spread ones."""
+    lengths = lognormal(mean, 0.6, 4096)
+    job = job_of(
+        "--train.row_tokens=6144", f"--rollout.max_prompt_tokens={prompt}",
+        "--rollout.max_new_tokens=4096", "--grpo.group_size=32", lengths=lengths,
+    )  # fmt: skip
+    drawn = lengths.draw(np.random.default_rng(0), 1024) + prompt
+    tokens = [np.zeros(n, np.int32) for n in drawn]
+    packed = lay_out(tokens, np.full(1024, prompt), 6144, None).num_rows
+    assert job.rows_per_step == pytest.approx(packed, rel=0.03)
+
+
+def test_completions_at_their_limit_fill_rows_by_whole_samples() -> None:
+    job = job_of("--train.row_tokens=1500", lengths=lognormal(512, 0, 512))
+    assert job.rows_per_step == 256 / 2
