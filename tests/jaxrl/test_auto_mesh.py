@@ -24,9 +24,11 @@ from roofline.datasheets import datasheet
 from roofline.hardware import Efficiency, Hardware
 from roofline.job import Job
 from roofline.lengths import lognormal
+from roofline.model_zoo import find_model
 from roofline.phases import Phase
-from roofline.plan import advise, best_split
+from roofline.plan import advise, assumed_lengths, best_split
 from roofline.question import Question
+from roofline.splits import layouts, learner_times, rollout_times, split_of
 
 ROUNDING = 1e-9
 ALGORITHMS = Path(__file__).resolve().parents[2] / "configs" / "algorithms"
@@ -42,6 +44,11 @@ def quickstart() -> Config:
     return load_config(resolve_config("quickstart"))
 
 
+def of_job(config: Config, model: ModelConfig) -> Job:
+    of = settings.settings_from(dataclasses.asdict(config))
+    return Job(model=model, settings=of, lengths=assumed_lengths(of))
+
+
 def model_of(config: Config) -> ModelConfig:
     return build.make_subject(config).model
 
@@ -51,6 +58,35 @@ def test_the_word_means_the_setting(words: list[str]) -> None:
     parsed = parse_args(["--config", "quickstart", *words, "--rollout.slots=64"])
     assert parsed.config.mesh.auto
     assert parsed.config.rollout.slots == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("qwen3_0.6b_gsm8k_1gpu", "qwen3-0.6b"),
+        ("qwen2.5_1.5b_gsm8k_1gpu", "qwen2.5-1.5b"),
+        ("qwen3_4b_math_8gpu", "qwen3-4b"),
+        ("qwen3_4b_magistral_8gpu", "qwen3-4b"),
+    ],
+)
+def test_no_split_of_its_h100s_beats_a_gpu_configuration_by_a_tenth(name: str, model: str) -> None:
+    config, hardware = load_config(resolve_config(name)), datasheet("h100-sxm")
+    job = of_job(config, find_model(model).config)
+    mesh = config.mesh
+    learners = layouts(job, hardware, mesh.learner_devices, learner=True)
+    rollouts = layouts(job, hardware, mesh.rollout_devices, learner=False)
+    learner = next(
+        o for o in learners if (o.data, o.fsdp) == (mesh.learner_data, mesh.learner_fsdp)
+    )
+    rollout = next(o for o in rollouts if o.data == mesh.rollout_data)
+    configured = split_of(
+        job, hardware,
+        learner_times(job, hardware, learner, config.train.rows_per_microbatch),
+        rollout_times(job, hardware, rollout, config.rollout.slots),
+        config.rollout.max_staleness, colocated=mesh.colocated,
+    )  # fmt: skip
+    best = advise(job, hardware, mesh.devices).best
+    assert configured.step_s <= 1.1 * best.step_s
 
 
 def test_a_yaml_file_may_say_it_too(tmp_path: Path) -> None:
