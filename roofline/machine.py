@@ -23,7 +23,7 @@ FORMAT = 4
 _VECTOR_FLAG = "--xla_cpu_prefer_vector_width"
 _MALLOC_OPTIONS = (
     (-4, 0),  # M_MMAP_MAX: no block gets a mapping of its own
-    (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap's end is not given back
+    (-1, -1),  # M_TRIM_THRESHOLD: the heap's end is never given back
     (-8, 1),  # M_ARENA_MAX: one heap, since only the first may grow without limit
 )
 
