@@ -21,7 +21,7 @@ from benchmarks.gpu.floors import decode_floor, model_flops
 from benchmarks.gpu.phases import Bench, prepare
 from benchmarks.gpu.profile import Event, most_expensive, own_times, ranked, sources
 from benchmarks.gpu.report import Target, attention_table, report, targets
-from benchmarks.gpu.store import CUT_OFF, Store, load_results
+from benchmarks.gpu.store import CUT_OFF, MORE_TIME, Store, load_results
 from benchmarks.gpu.suite import Call
 from benchmarks.gpu.worker import run_case, serve
 from jaxrl.attention import fastest
@@ -310,7 +310,8 @@ def test_a_case_is_cut_off_when_the_time_is_over(tmp_path: Path, capsys) -> None
     assert store.content["results"][case.name]["status"] == CUT_OFF
     assert "more --minutes" in capsys.readouterr().out
     assert not store.is_finished(case)
-    assert store.expected_s(case, TINY) >= 0.5  # more than it had
+    had_s = store.outcomes[case.name]["wall_s"]
+    assert store.expected_s(case, TINY) == MORE_TIME * had_s > 0
 
 
 def test_a_process_that_dies_fails_its_case_with_a_reason(tmp_path: Path, capsys) -> None:
@@ -394,6 +395,45 @@ def test_packages_on_the_python_path_are_there_for_the_processes_too(
         suite._run_process(call(), open_store(tmp_path), Watch(), [case_of("publish")], command)
         == []
     )
+
+
+@pytest.mark.parametrize("own", [None, "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+@pytest.mark.parametrize(("device", "platform"), [("cpu", "cpu"), ("gpu", "cuda")])
+def test_a_process_gets_its_platform_and_most_of_the_memory_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, own: str | None, device: str, platform: str
+) -> None:
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(own, "0.5")
+    show = "import json, os; print(json.dumps(dict(os.environ)), flush=True)"
+    of = dataclasses.replace(call(), device=device)
+    with suite._started(of, [sys.executable, "-c", show], "dump") as (process, _):
+        told = json.loads(process.communicate()[0])
+    assert told["JAX_PLATFORMS"] == platform
+    given = {name: told[name] for name in names if name in told}
+    # jaxlib refuses both at once
+    assert given == ({own: "0.5"} if own else {"XLA_CLIENT_MEM_FRACTION": suite.MEMORY_SHARE})
+
+
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("no room", 0)])
+def test_the_command_ends_by_its_minutes_and_tells_of_failed_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, status: str, code: int
+) -> None:
+    left_s: list[float] = []
+
+    def run(call: Call, store: Store) -> int:
+        left_s.append(call.deadline_s - time.monotonic())
+        store.put("tiny publish", {"status": status, "why": "?"})
+        return 3
+
+    monkeypatch.setattr(suite, "run", run)
+    with pytest.raises(SystemExit) as ended:
+        suite.main(["--device", "cpu", "--minutes", "7", "--out", str(tmp_path)])
+    assert ended.value.code == code
+    assert 0 < 7 * 60 - suite.TO_STOP_S - left_s[0] < 60  # some seconds are gone before it
+    assert "3 left to do" in capsys.readouterr().out
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -522,6 +562,9 @@ def test_a_case_that_would_not_fit_the_time_left_is_not_begun(tmp_path: Path) ->
     store.put(cases[0].name, {"status": "no room", "why": "?", "wall_s": 50.0})
     assert store.expected_s(cases[0], TINY) == 50
     assert store.expected_s(case_of("decode"), dataclasses.replace(TINY, first_s=60.0)) == 60
+    assert (
+        store.expected_s(cases[0], dataclasses.replace(TINY, longest_s=40.0)) == 40
+    )  # ends by then
 
 
 def test_without_a_calibration_a_case_is_predicted_from_the_datasheet_and_says_so(
