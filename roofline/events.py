@@ -73,13 +73,27 @@ class Pipeline:
     """Verifier processes; 0 verifies on the rollout lane."""
     contention: float = 1.0
     """How many times slower a lane runs while the other computes too."""
+    flat_share: float = 0.0
+    """Share of groups without signal, all right or all wrong; asked only where they are replaced."""
+    refill_rounds: int = 0
+    """Most times in a step that its groups without signal are replaced by others (`jaxrl.refill`)."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot run."""
         for name in ("prompts_per_step", "group_size", "slots", "chunk_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"simulation {name}={getattr(self, name)} must be at least 1")
-        for name in ("max_staleness", "verifiers", "admit_s", "prompt_s", "publish_s", "verify_s"):
+        if not 0 <= self.flat_share <= 1:
+            raise ValueError(f"simulation flat_share={self.flat_share} must lie in [0, 1]")
+        for name in (
+            "refill_rounds",
+            "max_staleness",
+            "verifiers",
+            "admit_s",
+            "prompt_s",
+            "publish_s",
+            "verify_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"simulation {name}={getattr(self, name)} must be >= 0")
         for name in ("decode_step_s", "learner_s"):
@@ -180,18 +194,20 @@ class _Buffer:
         self.births[self.version] += number
         return number
 
-    def take(self) -> bool:
-        """Consume the oldest P groups if they may leave: an earliest-deadline-first argument."""
+    def take(self, wanted: int) -> Counter[int] | None:
+        """The oldest `wanted` groups by birth if they may leave: an earliest-deadline-first argument."""
         chosen: Counter[int] = Counter()
         for birth in sorted(self.finished):
-            chosen[birth] = min(self.finished[birth], self._prompts - chosen.total())
-        if chosen.total() < self._prompts or not self._others_can_wait(chosen):
-            return False
-        for birth, number in (+chosen).items():
-            self.staleness[self.version - birth] += number * self._samples
+            chosen[birth] = min(self.finished[birth], wanted - chosen.total())
+        if chosen.total() < wanted or not self._others_can_wait(chosen):
+            return None
         self.finished = +(self.finished - chosen)
         self.births = +(self.births - chosen)
-        return True
+        return +chosen
+
+    def consume(self, birth: int, number: int) -> None:
+        """So many of the groups taken are trained on."""
+        self.staleness[self.version - birth] += number * self._samples
 
     def _others_can_wait(self, chosen: Counter[int]) -> bool:
         left = 0
@@ -212,6 +228,10 @@ class _Run:
         self._now = self._rollout_s = self._slot_s = self._learner_s = 0.0
         self._rollout_left = self._learner_left = inf  # work alone [s]; inf: nothing to do
         self._publishes, self._waits_for_groups = False, False
+        self._lacks, self._rounds = (
+            pipeline.prompts_per_step,
+            pipeline.refill_rounds,
+        )  # of the batch
         self._weights = 0  # version that the slots sample with
         self._slots = Slots(pipeline.slots, pipeline.chunk_steps, pipeline.group_size)
         self._verifier_free = np.zeros(pipeline.verifiers)
@@ -256,10 +276,31 @@ class _Run:
             self._publish()
             if self._publishes:
                 return
-        if buffer.take():
+        if self._gather():
             self._learner_left = pipeline.learner_s
             if pipeline.mode is Mode.ONE_STEP_OFF:
                 buffer.free += pipeline.prompts_per_step
+
+    def _gather(self) -> bool:
+        """Take what the batch lacks, again while groups without signal are replaced; whether it is whole."""
+        while (taken := self.buffer.take(self._lacks)) is not None:
+            flat = self._without_signal(taken) if self._rounds else Counter[int]()
+            for birth, number in taken.items():
+                self.buffer.consume(birth, number - flat[birth])
+            if not flat.total():
+                self._lacks, self._rounds = (
+                    self.pipeline.prompts_per_step,
+                    self.pipeline.refill_rounds,
+                )
+                return True
+            self.buffer.free += flat.total()
+            self._lacks, self._rounds = flat.total(), self._rounds - 1
+        return False
+
+    def _without_signal(self, taken: Counter[int]) -> Counter[int]:
+        """Groups by birth, each flat by chance."""
+        share = self.pipeline.flat_share
+        return Counter({birth: int(self._rng.binomial(n, share)) for birth, n in taken.items()})
 
     def _end_learner(self) -> None:
         self._learner_left = inf

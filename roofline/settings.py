@@ -28,7 +28,7 @@ MISSPELT = 0.85
 """Similarity from which an unknown key is taken for a misspelt one."""
 MAY_BE_ZERO = frozenset({
     "task.reward_workers", "train.shared_prompt_tokens", "lora.rank", "rollout.max_staleness",
-    "rollout.shared_prefix",
+    "rollout.shared_prefix", "grpo.refill_rounds",
 })  # fmt: skip
 """Whole numbers that may be 0, which means none; the others count from 1."""
 _ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +129,7 @@ class GrpoSettings:
     entropy_shaping: float = 0.0
     top_entropy_share: float = 1.0
     correction_denominator: str = "all"
+    refill_rounds: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -62,7 +62,15 @@ def pipeline_of(job: Job, split: Split, hardware: Hardware, mode: Mode) -> Pipel
         verify_s=task.reward_latency_s,
         verifiers=task.reward_workers,
         contention=max(2.0, hardware.contention) if split.colocated else hardware.contention,
+        flat_share=expected_flat_share(grpo.group_size),
+        refill_rounds=grpo.refill_rounds,
     )
+
+
+def expected_flat_share(group_size: int) -> float:
+    """Share of groups all right or all wrong where nothing was sampled yet: p^G + (1 - p)^G over solve rates p
+    spread evenly, 2 / (G + 1)."""
+    return 2 / (group_size + 1)
 
 
 def scaled_split(job: Job, hardware: Hardware, devices: int) -> tuple[Job, Split]:
@@ -115,7 +123,8 @@ def pipeline_of_run(run: Run) -> Pipeline:
     A phase's seconds are its mean span, less what the other lane took from it: spans measured
     while the other lane is at work are longer by the phase's contention. A step of several updates has
     several spans of training. Each lane's time between its spans
-    (Python, packing, logging) counts as work: of the learner per step, of the rollout per refill.
+    (Python, packing, logging) counts as work: of the learner per step, of the rollout per refill. Groups
+    without signal are as many as they were.
 
     Raises:
         ValueError: the run stepped too little, or recorded no decode steps or no configuration.
@@ -137,11 +146,11 @@ def pipeline_of_run(run: Run) -> Pipeline:
     learns = [
         s.phase for s in run.spans if s.phase in LANES["learner"] and s.phase is not Phase.PUBLISH
     ]
-    task = settings.task
+    task, grpo = settings.task, settings.grpo
     return Pipeline(
         mode=Mode.IN_FLIGHT if settings.rollout.max_staleness else Mode.SYNCHRONOUS,
-        prompts_per_step=settings.grpo.prompts_per_step,
-        group_size=settings.grpo.group_size,
+        prompts_per_step=grpo.prompts_per_step,
+        group_size=grpo.group_size,
         max_staleness=settings.rollout.max_staleness,
         slots=settings.rollout.slots,
         chunk_steps=settings.rollout.chunk_steps,
@@ -152,7 +161,20 @@ def pipeline_of_run(run: Run) -> Pipeline:
         verify_s=task.reward_latency_s,
         verifiers=task.reward_workers,
         contention=run.hardware.contention,
+        flat_share=_flat_share(run, grpo.prompts_per_step),
+        refill_rounds=grpo.refill_rounds,
     )
+
+
+def _flat_share(run: Run, prompts: int) -> float:
+    """Median over the steps of the groups without signal among all that a step took: those replaced, and of
+    its P groups those that stayed; 0 where the run says nothing."""
+    shares = [
+        (replaced + line["filter/frac_reward_zero_std"] * prompts) / (prompts + replaced)
+        for line in run.metrics
+        if (replaced := line.get("filter/refilled_groups")) is not None
+    ]
+    return statistics.median(shares) if shares else 0.0
 
 
 def _alone_s(run: Run, company: Sequence[Company], phase: Phase) -> float:

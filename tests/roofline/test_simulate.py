@@ -17,7 +17,7 @@ from roofline.events import Mode, Pipeline, simulate
 from roofline.lengths import Lengths, lognormal, measured
 from roofline.phases import Phase
 from roofline.read_run import Run, Span
-from roofline.simulate import main, pipeline_of_run
+from roofline.simulate import expected_flat_share, main, pipeline_of_run
 
 EXACT = 1e-9  # deterministic cases: only sums of floats in another order
 SAMPLING = 0.03  # means over about 40 steps of random lengths
@@ -112,6 +112,32 @@ def test_where_the_learner_binds_every_sample_is_as_stale_as_allowed() -> None:
     assert seen.learner_idle == pytest.approx(0, abs=EXACT)
     late = seen.staleness[3] / sum(seen.staleness.values())
     assert late == pytest.approx(1 - 3 / 40, rel=SAMPLING)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_where_generation_binds_a_step_with_refills_generates_for_the_groups_it_leaves_out(
+    share: float,
+) -> None:
+    """P / (1 - share) groups for P of use, a round's share of them flat again; the learner adds nothing."""
+    work = pipeline(learner_s=0.01, publish_s=0.0, prompts_per_step=64, slots=64)
+    plain = simulate(work, EVEN, steps=60)
+    refilled = simulate(
+        dataclasses.replace(work, flat_share=share, refill_rounds=30), EVEN, steps=60
+    )
+    assert refilled.step_s / plain.step_s == pytest.approx(1 / (1 - share), rel=0.1)
+
+
+def test_after_its_rounds_a_step_goes_on_with_groups_without_signal() -> None:
+    work = dataclasses.replace(pipeline(), flat_share=1.0, refill_rounds=2)
+    seen = simulate(work, EVEN, steps=30)
+    assert sum(seen.staleness.values()) == 30 * work.samples_per_step
+
+
+def test_the_expected_share_of_flat_groups_is_the_mean_over_solve_rates() -> None:
+    rates = (np.arange(10_000) + 0.5) / 10_000
+    assert expected_flat_share(8) == pytest.approx(
+        float((rates**8 + (1 - rates) ** 8).mean()), rel=1e-4
+    )
 
 
 def test_one_verifier_bounds_the_rate() -> None:
@@ -273,3 +299,27 @@ def test_a_run_too_short_to_replay_is_refused_with_what_it_lacks(tmp_path: Path)
     )  # fmt: skip
     with pytest.raises(ValueError, match="0 publish spans outside compilation, of 3"):
         pipeline_of_run(run)
+
+
+def test_a_replay_takes_groups_without_signal_from_the_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "grpo: {prompts_per_step: 4, group_size: 2, refill_rounds: 3}\n"
+    )
+    made = [(Phase.TRAIN, "learner", 0.0, 0.02)]
+    made += [(Phase.PUBLISH, "learner", 0.02 + 0.1 * n, 0.002) for n in range(3)]
+    made += [(Phase.PREFILL, "rollout", 0.0, 0.004), (Phase.DECODE, "rollout", 0.004, 0.004)]
+    spans = tuple(
+        Span(phase=phase, lane=lane, start_s=start_s, duration_s=seconds, work={"steps": 8})
+        for phase, lane, start_s, seconds in made
+    )
+    lines = [
+        {"filter/refilled_groups": 4.0, "filter/frac_reward_zero_std": share}
+        for share in (0.0, 0.5, 1.0)
+    ]
+    run = Run(
+        folder=tmp_path, hardware=datasheet("h200"), spans=spans, metrics=tuple(lines), summary={},
+        config={}, notes=(),
+    )  # fmt: skip
+    seen = pipeline_of_run(run)
+    assert seen.flat_share == pytest.approx((4 + 2) / (4 + 4))
+    assert seen.refill_rounds == 3
