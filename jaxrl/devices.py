@@ -8,6 +8,8 @@ from functools import cache
 from typing import Any
 
 import jax
+from jax._src import pjit
+from jax._src.interpreters import pxla
 from jax.sharding import Mesh
 
 from jaxrl.config import MeshConfig
@@ -25,6 +27,8 @@ MEMORY_SHARE = "0.95"
 """Of a GPU's memory for arrays, which jax takes at its start; unasked it takes 0.75. What a plan counts on, a
 datasheet's 80 GB or 141 GB, is 0.93 to 0.94 of what the driver has; the rest is for its context and NCCL."""
 _SHARE_NAMES = frozenset({"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"})
+_LOWERED = ((pjit, "_pjit_lower"), (pxla, "_cached_lowering_to_hlo"))
+"""Where jax keeps what it compiled programs from, by module."""
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
@@ -78,14 +82,31 @@ def remember_programs() -> None:
 
 @cache
 def give_back_after_compiling() -> None:
-    """From here on give back what `keep_freed_memory` has kept whenever a long compilation ends: the compiler
-    frees more than programs of a small model use. Once in a process: jax calls its listeners for ever."""
+    """From here on `forget_lowered` whenever a compilation ends, and after a long one give back what
+    `keep_freed_memory` has kept: the compiler frees more than programs of a small model use. Once in a process:
+    jax calls its listeners for ever."""
 
     def compiled(event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILED and duration_secs >= _LONG_S:
+        if event != _COMPILED:
+            return
+        forget_lowered()
+        if duration_secs >= _LONG_S:
             machine.give_back_freed_memory()
 
     jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
+def forget_lowered() -> None:
+    """Drop the modules that jax lowered and compiled, which it would keep for as long as their function lives:
+    some 2 MB of a program (benchmarks/LOG.md).
+
+    A compiled program runs without. One that jax calls the slow way, as those that call back into Python, would
+    be compiled anew; there is none here. Caches that another version of jax has not are passed over.
+    """
+    for module, name in _LOWERED:
+        lowered = getattr(module, name, None)
+        if lowered is not None:
+            lowered.cache_clear()
 
 
 def make_meshes(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:

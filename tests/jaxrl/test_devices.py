@@ -3,6 +3,7 @@
 import os
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrl import devices
@@ -25,6 +26,24 @@ def test_memory_that_a_long_compilation_frees_is_given_back_once(
     monkeypatch.setattr(devices, "_LONG_S", 0.0)
     jax.jit(lambda x: x + 2)(x).block_until_ready()
     assert given == ["back"]
+
+
+def test_a_program_runs_on_when_what_it_was_compiled_from_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    forgotten: list[str] = []
+    forget = devices.forget_lowered
+    monkeypatch.setattr(devices, "forget_lowered", lambda: (forget(), forgotten.append("module")))
+    devices.give_back_after_compiling()
+    x = jax.numpy.zeros(3)
+    program = jax.jit(lambda x: x + 3)
+    forgotten.clear()
+    program(x).block_until_ready()
+    assert forgotten == ["module"]
+    held = [getattr(module, name).cache_info().currsize for module, name in devices._LOWERED]
+    assert held == [0, 0]
+    assert np.asarray(program(x)).tolist() == [3.0] * 3
+    assert forgotten == ["module"]  # not compiled again
 
 
 @pytest.mark.parametrize(
