@@ -29,8 +29,8 @@ from jaxrl.learner.steps import (
     score,
     score_with_values,
     whole,
-    zeros_like,
 )
+from jaxrl.learner.sums import GradientSums, zeros_like
 from jaxrl.observe import Observer
 from jaxrl.tracing import num_traces
 from models.compiler_options import train_options
@@ -115,6 +115,7 @@ class Learner:
         scalar, options = self._everywhere, train_options(self.mesh.devices.flat[0])
         self._zeros = jax.jit(zeros_like, out_shardings=trained)
         self._zeros_sft = jax.jit(zeros_like, out_shardings=shardings)
+        self._sums = GradientSums(self.mesh.devices.flat[0], trained)
         self._score = jax.jit(lambda p, b: score(p, b, forward)[0], compiler_options=options)
         self._score_all = jax.jit(
             partial(score_with_values, settings=forward), compiler_options=options
@@ -122,16 +123,12 @@ class Learner:
         self._grpo_loss = partial(grpo_loss, forward=forward, grpo=grpo)
         self._accumulate = jax.jit(
             partial(accumulate_grpo, forward=forward, grpo=grpo),
-            donate_argnums=(1, 2),
-            out_shardings=(trained, scalar),
-            compiler_options=options,
-        )
+            donate_argnums=(1, 2), out_shardings=(trained, scalar), compiler_options=options,
+        )  # fmt: skip
         self._accumulate_sft = jax.jit(
             partial(accumulate_sft, forward=forward),
-            donate_argnums=(1, 2),
-            out_shardings=(shardings, scalar),
-            compiler_options=options,
-        )
+            donate_argnums=(1, 2), out_shardings=(shardings, scalar), compiler_options=options,
+        )  # fmt: skip
 
     def _make_apply(
         self,
@@ -156,8 +153,8 @@ class Learner:
     def trace_count(self) -> int:
         """Programs traced so far: flat after the first step."""
         return num_traces(
-            self._zeros, self._zeros_sft, self._score, self._score_all, self._accumulate,
-            self._accumulate_sft, self._apply, self._apply_critic,
+            self._zeros, self._zeros_sft, self._sums.program, self._score, self._score_all,
+            self._accumulate, self._accumulate_sft, self._apply, self._apply_critic,
         )  # fmt: skip
 
     @property
@@ -278,12 +275,13 @@ class Learner:
         traced = self.trace_count
         with self._observer.train(len(batches)) as work:
             model = self._trained
-            gradients = self._zeros(model)
+            gradients = self._sums.take(model, self._zeros)
             metrics = self._zero_metrics(on_device[0], reference[0])
             for batch, logprobs in zip(on_device, reference, strict=True):
                 gradients, metrics = self._accumulate(
                     model, gradients, metrics, batch, logprobs, self.frozen
                 )
+                self._sums.added(metrics)
             jax.block_until_ready(gradients)
             work.update(microbatches=len(batches), compiled=self.trace_count - traced)
         applied = self._take_step(gradients)
@@ -297,12 +295,13 @@ class Learner:
     def _update_sft(self, batches: Sequence[Batch]) -> dict[str, float]:
         traced = self.trace_count
         with self._observer.train(len(batches)) as work:
-            gradients = self._zeros_sft(self.state.policy)
+            gradients = self._sums.take(self.state.policy, self._zeros_sft)
             total = jax.device_put(jnp.float32(0), self._everywhere)
             for batch in batches:
                 gradients, total = self._accumulate_sft(
                     self.state.policy, gradients, total, self._put(batch), self.frozen
                 )
+                self._sums.added(total)
             jax.block_until_ready(gradients)
             work.update(microbatches=len(batches), compiled=self.trace_count - traced)
         return {"sft/loss": float(total), **self._take_step(gradients)}
@@ -346,6 +345,7 @@ class Learner:
         with self._observer.optimizer() as work:
             self.state, applied = apply(self.state, gradients)
             host = jax.device_get(applied)
+            self._sums.keep(gradients, self._trained)
             work["compiled"] = self.trace_count - traced
         if host.is_finite:
             self._nonfinite_in_a_row = 0

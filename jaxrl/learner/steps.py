@@ -222,8 +222,3 @@ def apply_gradients(
         return replace(state, step=state.step + 1)
 
     return jax.lax.cond(finite, take, skip, state), Applied(grad_norm=norm, is_finite=finite)
-
-
-def zeros_like(model: Any) -> Any:
-    """Gradients before the first micro-batch."""
-    return jax.tree.map(jnp.zeros_like, model)

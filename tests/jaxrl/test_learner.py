@@ -201,6 +201,20 @@ def test_the_reference_is_frozen_and_its_kl_grows(tiny_model: ModelConfig) -> No
     )
 
 
+def test_on_a_cpu_sums_of_gradients_stay_where_they_are_at_zero(tiny_model: ModelConfig) -> None:
+    keeping, anew = make_learner(tiny_model), make_learner(tiny_model)
+    places = []
+    for _ in range(3):
+        anew._sums._kept = None
+        keeping.update(packed(rows=2))
+        anew.update(packed(rows=2))
+        kept = jax.tree.leaves(keeping._sums._kept)
+        assert not any(np.any(np.asarray(leaf)) for leaf in kept)
+        places.append([leaf.unsafe_buffer_pointer() for leaf in kept])
+    assert places[0] == places[1] == places[2]
+    jax.tree.map(np.testing.assert_array_equal, keeping.state.policy, anew.state.policy)
+
+
 def test_weight_decay_spares_norms_and_embeddings(tiny_model: ModelConfig) -> None:
     """Zero gradients: what changes is what decays."""
     learner = make_learner(tiny_model)
