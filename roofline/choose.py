@@ -34,7 +34,7 @@ def find_model(name: str, vocab_size: int) -> ModelConfig:
     if (path / "config.yaml").is_file():
         return model_of(read_settings(name), vocab_size)
     known = model_zoo.ZOO
-    if not path.exists() and name.rpartition("/")[2].lower() not in known:
+    if not path.exists() and model_zoo.zoo_key(name) not in known:
         raise ValueError(
             f"no model {name!r}{meant(name, known)} Give a run folder, the path of a config.json or one "
             f"of {', '.join(known)}"

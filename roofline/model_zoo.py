@@ -159,9 +159,16 @@ ZOO: Mapping[str, ZooModel] = {
 """Known models by lower-case name."""
 
 
+def zoo_key(name: str) -> str:
+    """The name in `ZOO` of a model as its hub calls it, if it is there: case, organisation and what further
+    training adds to a name do not matter."""
+    key = name.rpartition("/")[2].lower()
+    return key if key in ZOO else key.removesuffix("-base").removesuffix("-instruct")
+
+
 def find_model(name: str) -> ZooModel:
-    """A model of `ZOO` by name (case and organisation do not matter), or the architecture of a
-    Hugging Face config.json or of the folder that holds one.
+    """A model of `ZOO` by name (`zoo_key`), or the architecture of a Hugging Face config.json or of the folder
+    that holds one.
 
     Raises:
         ValueError: neither a known name nor a readable configuration.
@@ -177,7 +184,7 @@ def find_model(name: str) -> ZooModel:
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds {type(content).__name__}, not one JSON object")
         return ZooModel(config=parse_config(content))
-    key = name.rpartition("/")[2].lower()
+    key = zoo_key(name)
     if key not in ZOO:
         raise ValueError(
             f"no model {name!r}: give the path of a config.json or one of {', '.join(ZOO)}"

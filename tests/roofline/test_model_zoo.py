@@ -40,8 +40,11 @@ def test_mixtures_have_the_published_total_and_active_parameters(
     assert model.config.active_parameters == pytest.approx(active, rel=ROUNDED)
 
 
-def test_an_organisation_and_capitals_do_not_matter() -> None:
+def test_an_organisation_capitals_and_further_training_do_not_matter() -> None:
     assert find_model("Qwen/Qwen3-1.7B") is ZOO["qwen3-1.7b"]
+    assert find_model("Qwen/Qwen2.5-1.5B-Instruct") is ZOO["qwen2.5-1.5b"]
+    assert find_model("Qwen/Qwen3-4B-Base") is ZOO["qwen3-4b"]
+    assert find_model("google/gemma-3-1b-it") is ZOO["gemma-3-1b-it"]
 
 
 def test_a_config_json_and_its_folder_name_the_same_model(tmp_path: Path) -> None:
