@@ -39,11 +39,14 @@ def reshard(model: ModelConfig, learner: Layout, rollout: Layout) -> PhaseCost:
 def _resharding(model: ModelConfig, learner: Layout, rollout: Layout) -> Work:
     """A gather puts device after device; so what is split along an inner dimension, as widths are, arrives
     with it in front, and is read and written once more to be laid out as it was. What a rollout on one CPU
-    reads side by side is written as one array."""
+    reads side by side is written as one array; gate and up are read and written once more to be turned."""
     arrays, held = trained_arrays(model), trained_parameters(model, learner)
     arrays -= 0 if rollout.copies_weights else joined_arrays(model)
     stored = FLOAT32_BYTES if model.lora else learner.param_bytes
     work = passes(held, stored, arrays) + passes(held, rollout.param_bytes, 0)
+    if model.gated_mlp and not rollout.copies_weights:
+        both = 2 * model.num_layers * model.width * model.ffw_size
+        work += passes(2 * both, rollout.param_bytes)
     gathers = traffic.publication(model, learner, rollout)
     inner = [one.array_bytes for one in gathers if one.axis == "fsdp"]
     if learner.fsdp == 1:  # vocabularies stand in front anyway
