@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,8 @@ import numpy as np
 from benchmarks.record import peak_bytes
 from benchmarks.systems.protocol import GREEDY_PROMPTS, GREEDY_TOKENS, Answer, Conversation
 from benchmarks.workload import Workload
-from jaxrl.build import make_learner
 from jaxrl.config import Config, GrpoConfig, RolloutConfig, TrainConfig
 from jaxrl.devices import give_back_after_compiling
-from jaxrl.learner.learner import Learner
 from jaxrl.observe import Observer
 from jaxrl.packing import groups_to_sequences, pack
 from jaxrl.rollout.engine import Request, RolloutEngine, SamplingParams
@@ -32,6 +31,9 @@ from models.hf import load_fused, load_policy, read_config
 from models.rows import PrefixRows
 from models.sharding import fused_shardings, make_mesh, policy_shardings
 from roofline.machine import keep_freed_memory, prefer_wide_vectors
+
+if TYPE_CHECKING:
+    from jaxrl.learner.learner import Learner
 
 CHUNK_STEPS, REFILL_COST_STEPS = 16, 0.5
 PEAK_SIZE, PEAK_REPEATS = 2048, 3
@@ -76,7 +78,9 @@ class System:
 
     @cached_property
     def learner(self) -> Learner:
-        """Made at the first training, so that memory before it is that of a system that only rolls out."""
+        """Made and imported at the first training: memory before it is that of a system that only rolls out."""
+        from jaxrl.build import make_learner  # noqa: PLC0415
+
         policy = load_policy(
             self.workload.checkpoint, self.model, shardings=policy_shardings(self.model, self.mesh)
         )

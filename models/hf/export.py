@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 from models.config import Lora, ModelConfig
 from models.decoder import Decoder
@@ -134,6 +133,8 @@ def _writer(
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Steps of the complete checkpoints of a run folder, ascending."""
+    import orbax.checkpoint as ocp  # 30 MiB that only an export needs  # noqa: PLC0415
+
     folder = (run / "checkpoints").resolve()
     if not folder.is_dir():
         return []
@@ -154,6 +155,8 @@ def _stored(
     state: Path, keys: Mapping[str, str], table: Mapping[str, Parameter]
 ) -> Callable[[str], np.ndarray]:
     """A function that reads one array of a checkpoint by its name; keys: where it is stored."""
+    import orbax.checkpoint as ocp  # noqa: PLC0415
+
     reader = ocp.PyTreeCheckpointer()
     stored: Any = reader.metadata(state.resolve()).item_metadata
     for name, key in keys.items():
