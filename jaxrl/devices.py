@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import jax
-from jax._src import pjit
-from jax._src.interpreters import pxla
 from jax.sharding import Mesh
 
 from jaxrl.config import MeshConfig
 from jaxrl.errors import UserError
 from models.sharding import make_mesh
 from roofline import machine
-from roofline.machine import cache_folder, keep_freed_memory, prefer_wide_vectors
+from roofline.machine import (
+    cache_folder,
+    keep_freed_memory,
+    prefer_wide_vectors,
+    take_gpu_memory,
+)
 
 MOST_DEVICES = 256
 """No node has more accelerators, and a CPU that poses as more takes minutes and gigabytes to start."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _LONG_S = 0.2
 """Programs that compile faster leave little behind [seconds]."""
-MEMORY_SHARE = "0.95"
-"""Of a GPU's memory for arrays, which jax takes at its start; unasked it takes 0.75. What a plan counts on, a
-datasheet's 80 GB or 141 GB, is 0.93 to 0.94 of what the driver has; the rest is for its context and NCCL."""
-_SHARE_NAMES = frozenset({"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"})
-_LOWERED = ((pjit, "_pjit_lower"), (pxla, "_cached_lowering_to_hlo"))
+_LOWERED = (
+    ("jax._src.pjit", "_pjit_lower"),
+    ("jax._src.interpreters.pxla", "_cached_lowering_to_hlo"),
+)
 """Where jax keeps what it compiled programs from, by module."""
 _HOST_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
@@ -43,7 +46,7 @@ def start_devices(count: int) -> None:
     keep_freed_memory()
     give_back_after_compiling()
     simulate_cpu_devices(count)
-    take_gpu_memory()
+    take_gpu_memory(os.environ)
     remember_programs()
 
 
@@ -65,12 +68,6 @@ def simulate_cpu_devices(count: int) -> None:
     if count > 2:
         os.environ.setdefault("PJRT_NPROC", "16")
     jax.config.update("jax_num_cpu_devices", count)
-
-
-def take_gpu_memory() -> None:
-    """Let jax have MEMORY_SHARE of each GPU's memory, unless it was told how much."""
-    if not _SHARE_NAMES & set(os.environ):
-        os.environ["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
 
 
 def remember_programs() -> None:
@@ -104,7 +101,7 @@ def forget_lowered() -> None:
     be compiled anew; there is none here. Caches that another version of jax has not are passed over.
     """
     for module, name in _LOWERED:
-        lowered = getattr(module, name, None)
+        lowered = getattr(sys.modules.get(module), name, None)
         if lowered is not None:
             lowered.cache_clear()
 

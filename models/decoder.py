@@ -296,6 +296,5 @@ def _after_attention(
     with jax.named_scope("attention_out"):
         x = x + block.product(heads, layer.attention_out, contracted=3)
     normed = block.rms_norm(x, layer.mlp_norm, config.norm_eps)
-    if layer.turned:
-        return x + block.turned_mlp(normed, layer.gate_up, layer.down)
-    return constrain_rows(x + block.mlp(normed, layer.gate_up, layer.down))
+    mlp = block.turned_mlp if layer.turned else block.mlp
+    return constrain_rows(x + mlp(normed, layer.gate_up, layer.down))

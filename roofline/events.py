@@ -228,10 +228,7 @@ class _Run:
         self._now = self._rollout_s = self._slot_s = self._learner_s = 0.0
         self._rollout_left = self._learner_left = inf  # work alone [s]; inf: nothing to do
         self._publishes, self._waits_for_groups = False, False
-        self._lacks, self._rounds = (
-            pipeline.prompts_per_step,
-            pipeline.refill_rounds,
-        )  # of the batch
+        self._begin_batch()
         self._weights = 0  # version that the slots sample with
         self._slots = Slots(pipeline.slots, pipeline.chunk_steps, pipeline.group_size)
         self._verifier_free = np.zeros(pipeline.verifiers)
@@ -281,6 +278,11 @@ class _Run:
             if pipeline.mode is Mode.ONE_STEP_OFF:
                 buffer.free += pipeline.prompts_per_step
 
+    def _begin_batch(self) -> None:
+        """Groups that the next batch lacks, and how often it may still replace some."""
+        self._lacks = self.pipeline.prompts_per_step
+        self._rounds = self.pipeline.refill_rounds
+
     def _gather(self) -> bool:
         """Take what the batch lacks, again while groups without signal are replaced; whether it is whole."""
         while (taken := self.buffer.take(self._lacks)) is not None:
@@ -288,10 +290,7 @@ class _Run:
             for birth, number in taken.items():
                 self.buffer.consume(birth, number - flat[birth])
             if not flat.total():
-                self._lacks, self._rounds = (
-                    self.pipeline.prompts_per_step,
-                    self.pipeline.refill_rounds,
-                )
+                self._begin_batch()
                 return True
             self.buffer.free += flat.total()
             self._lacks, self._rounds = flat.total(), self._rounds - 1

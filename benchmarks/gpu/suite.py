@@ -34,14 +34,12 @@ from benchmarks.gpu.card import TOOL, Watch, standing, watching
 from benchmarks.gpu.cases import GPU, KINDS, TINY, Case, Scale
 from benchmarks.gpu.report import attention_table, report
 from benchmarks.gpu.store import CUT_OFF, Store
-from roofline.machine import processor
+from roofline.machine import processor, take_gpu_memory
 
 PEERS_PYTHON = (sys.executable, str(record.ROOT / ".venv-peers/bin/python"))
 """Interpreters that may have torch and transformers, first match wins."""
 WORKER = ("-m", "benchmarks.gpu.worker")
 """What this interpreter is given to run jaxrl's cases."""
-MEMORY_SHARE = "0.95"
-"""Of the GPU's memory that jax takes; no other process of the suite runs beside it."""
 LOG_CHARACTERS = 2000
 TO_STOP_S = 5.0
 """Kept of the time of a call to end its processes and write the tables [s]."""
@@ -316,8 +314,7 @@ def _started(
     paths = filter(None, (str(record.ROOT), given))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     environment["JAX_PLATFORMS"] = "cpu" if call.device == "cpu" else "cuda"
-    if not {"XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(environment):
-        environment["XLA_CLIENT_MEM_FRACTION"] = MEMORY_SHARE
+    take_gpu_memory(environment)
     if call.profile:
         flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flags}"

@@ -28,6 +28,7 @@ from jaxrl.attention import fastest
 from roofline import cost
 from roofline.datasheets import datasheet
 from roofline.kernels import Layout
+from roofline.machine import MEMORY_SHARE
 from roofline.predict import predict
 
 PARAMETERS = {"qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
@@ -414,7 +415,7 @@ def test_a_process_gets_its_platform_and_most_of_the_memory_unless_told_otherwis
     assert told["JAX_PLATFORMS"] == platform
     given = {name: told[name] for name in names if name in told}
     # jaxlib refuses both at once
-    assert given == ({own: "0.5"} if own else {"XLA_CLIENT_MEM_FRACTION": suite.MEMORY_SHARE})
+    assert given == ({own: "0.5"} if own else {"XLA_CLIENT_MEM_FRACTION": MEMORY_SHARE})
 
 
 @pytest.mark.parametrize(("status", "code"), [("failed", 1), ("no room", 0)])

@@ -1,6 +1,7 @@
 """What a process does with its memory: the host's around compilation, a GPU's."""
 
 import os
+import sys
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ def test_a_program_runs_on_when_what_it_was_compiled_from_is_forgotten(
     forgotten.clear()
     program(x).block_until_ready()
     assert forgotten == ["module"]
-    held = [getattr(module, name).cache_info().currsize for module, name in devices._LOWERED]
+    caches = [getattr(sys.modules[module], name) for module, name in devices._LOWERED]
+    held = [cache.cache_info().currsize for cache in caches]
     assert held == [0, 0]
     assert np.asarray(program(x)).tolist() == [3.0] * 3
     assert forgotten == ["module"]  # not compiled again
@@ -54,7 +56,7 @@ def test_a_gpu_gives_what_a_plan_counts_on_unless_jax_was_told(
 ) -> None:
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
     monkeypatch.setattr(os, "environ", {told: "0.5"} if told else {})
-    devices.take_gpu_memory()
+    machine.take_gpu_memory(os.environ)
     asked = {name: os.environ[name] for name in names if name in os.environ}
     assert asked == ({told: "0.5"} if told else {"XLA_CLIENT_MEM_FRACTION": "0.95"})
 
@@ -65,4 +67,4 @@ def test_a_gpu_gives_what_a_plan_counts_on_unless_jax_was_told(
 )
 def test_the_memory_share_holds_the_datasheets_memory(name: str, driver_mib: int) -> None:
     """MiB as nvidia-smi shows them."""
-    assert datasheet(name).hbm_bytes <= float(devices.MEMORY_SHARE) * driver_mib * 2**20
+    assert datasheet(name).hbm_bytes <= float(machine.MEMORY_SHARE) * driver_mib * 2**20
